@@ -1,0 +1,3 @@
+//! The `xent-diff` command.
+
+fn main() {}
