@@ -1,0 +1,6 @@
+//! The renderers on reports made by hand.
+
+mod html;
+mod json;
+mod samples;
+mod terminal;
