@@ -3,5 +3,7 @@
 pub use fused_xent_kernels as kernels;
 
 pub mod capture;
+pub mod cli;
+pub mod diff;
 pub mod dump;
 pub mod report;

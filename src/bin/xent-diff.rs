@@ -1,3 +1,5 @@
 //! The `xent-diff` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    fused_xent::cli::main()
+}

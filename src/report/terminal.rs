@@ -14,7 +14,7 @@ pub struct Style {
 }
 
 impl Style {
-    fn mark(self, verdict: Verdict) -> String {
+    pub(crate) fn mark(self, verdict: Verdict) -> String {
         match verdict {
             Verdict::Agree => Paint::Green.on("✓", self.colour),
             Verdict::Diverge => Paint::Red.on("✗", self.colour),
@@ -22,7 +22,7 @@ impl Style {
     }
 
     /// `label` in a column of its own, `text` wrapped beside it.
-    fn entry(self, out: &mut String, label: &str, text: &str) {
+    pub(crate) fn entry(self, out: &mut String, label: &str, text: &str) {
         const LABEL: usize = 14;
         for (i, line) in wrap(text, self.width.saturating_sub(LABEL).max(20)).iter().enumerate() {
             let label = pad(if i == 0 { label } else { "" }, LABEL, false);
@@ -163,11 +163,11 @@ fn bar(tensor: &TensorReport, decades: usize) -> String {
     if tensor.nonfinite > 0 {
         return format!("! {} not finite", tensor.nonfinite);
     }
-    let room = decades * DECADE;
-    let length = tensor.ratio.log10() * DECADE as f64;
-    if !(length > 0.0) {
-        return if tensor.ratio.is_nan() { String::new() } else { "▏".to_owned() };
+    if tensor.ratio.is_nan() {
+        return String::new();
     }
+    let room = decades * DECADE;
+    let length = (tensor.ratio.log10() * DECADE as f64).max(0.0);
     if length > room as f64 {
         return "█".repeat(room - 1) + "▸";
     }

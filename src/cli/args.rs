@@ -1,0 +1,163 @@
+//! The command line.
+
+use super::output::Target;
+use crate::diff::Candidate;
+use crate::diff::fault::Fault;
+use crate::diff::synth::Regime;
+use crate::dump::LossSettings;
+use crate::kernels::contract::Precision;
+use clap::{Args, Parser, Subcommand};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+/// Replays captured training steps of a fused linear cross-entropy in float64 and says whether the gradients are right,
+/// where they first go wrong, and why.
+#[derive(Debug, Parser)]
+#[command(name = "xent-diff", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(arg_required_else_help = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub judge: Option<Judge>,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 everything agrees, 1 something diverges, 2 the input or the call is at fault, 3 internal error.
+A dump that has the name of a command is given as ./verify. Set NO_COLOR for a report without colour.";
+
+#[derive(Debug, Args)]
+pub struct Judge {
+    /// A dump (it holds proc_* folders) or a folder of dumps
+    pub dumps: PathBuf,
+    /// Write the report as JSON ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<Target>,
+    /// Write the report as one self-contained HTML file ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<Target>,
+    /// Judge this step only
+    #[arg(long, value_name = "N")]
+    pub step: Option<u64>,
+    /// Judge this microbatch only, and nothing that accumulates over the step
+    #[arg(long, value_name = "N")]
+    pub microbatch: Option<usize>,
+    /// Judge this candidate: recorded, cpu, or cpu:KERNEL; may be repeated [default: recorded where there is any, and cpu]
+    #[arg(long = "candidate", value_name = "C")]
+    pub candidates: Vec<Candidate>,
+    /// Work on N threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Print the verdict alone, without table and progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check integrity and completeness: manifests, checksums, tiling, dtypes, copies
+    Verify(Verify),
+    /// Show what is there: runs, processes, steps, microbatches, tensors, loss settings
+    Info(Info),
+    /// Write a dump of chosen shape, whose recorded gradients carry chosen faults, or none
+    Synth(Box<Synth>),
+    /// List the fault catalogue
+    Faults,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// A dump or a folder of dumps
+    pub dumps: PathBuf,
+    /// Without progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Info {
+    /// A dump or a folder of dumps
+    pub dumps: PathBuf,
+    /// Write it as JSON ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<Target>,
+}
+
+#[derive(Debug, Args)]
+pub struct Synth {
+    /// The folder to write; it must not hold a dump yet
+    pub dir: PathBuf,
+    /// N: tokens of each microbatch
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub tokens: usize,
+    /// D: features of a hidden state
+    #[arg(long, value_name = "D", default_value_t = 64)]
+    pub hidden: usize,
+    /// V: size of the vocabulary
+    #[arg(long, value_name = "V", default_value_t = 1000)]
+    pub vocab: usize,
+    /// Microbatches of the step
+    #[arg(long, value_name = "M", default_value_t = 2)]
+    pub microbatches: usize,
+    /// Processes that the dump is spread over
+    #[arg(long, value_name = "P", default_value_t = 1)]
+    pub processes: usize,
+    /// Size of the logits
+    #[arg(long, value_enum, default_value_t = Regime::Trained)]
+    pub regime: Regime,
+    /// Share of the tokens that are masked, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
+    pub masked: f64,
+    /// Give the tokens weights other than 0 and 1
+    #[arg(long)]
+    pub weights: bool,
+    /// The loss, as the manifest's member in JSON, such as '{"z_loss": 1e-4}'
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = loss)]
+    pub loss: LossSettings,
+    /// Precision of the recorded gradients: bf16 or f32
+    #[arg(long, value_name = "P", default_value = "bf16", value_parser = gradients)]
+    pub gradients: Precision,
+    /// A fault that they carry: its slug, or slug:name=value,…; may be repeated
+    #[arg(long = "fault", value_name = "SLUG", value_parser = Fault::parse)]
+    pub faults: Vec<Fault>,
+    /// What everything random comes from
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// The training step that the dump claims to be of
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub step: u64,
+    /// Without progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+fn loss(text: &str) -> Result<LossSettings, String> {
+    let value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    LossSettings::from_json(&value, "--loss").map_err(|e| e.to_string())
+}
+
+fn gradients(text: &str) -> Result<Precision, String> {
+    [Precision::Bf16, Precision::F32].into_iter().find(|p| p.name() == text).ok_or_else(|| "expected bf16 or f32".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_path_needs_no_command_and_a_command_no_path() {
+        let judge = |line: &[&str]| Cli::try_parse_from(line).unwrap().judge.unwrap();
+        assert_eq!(judge(&["xent-diff", "./verify"]).dumps, PathBuf::from("./verify"));
+        assert_eq!(judge(&["xent-diff", "--step", "3", "dumps"]).step, Some(3));
+        let cli = Cli::try_parse_from(["xent-diff", "verify", "dumps"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Verify(_))) && cli.judge.is_none());
+        assert!(Cli::try_parse_from(["xent-diff", "dumps", "verify", "x"]).is_err());
+        assert!(Cli::try_parse_from(["xent-diff", "--quiet"]).is_err());
+    }
+}

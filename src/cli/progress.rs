@@ -1,0 +1,60 @@
+//! Bars on standard error: only on a terminal, and not with `--quiet`.
+
+use crate::diff::Progress;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::Duration;
+
+/// One line that shows the piece of work in hand. Cleared when it is dropped.
+#[derive(Debug)]
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// Counts steps.
+    pub fn steps(quiet: bool) -> Self {
+        Self::new(quiet, "{msg} {wide_bar} {pos}/{len} {eta}")
+    }
+
+    /// Counts bytes.
+    pub fn bytes(quiet: bool) -> Self {
+        Self::new(quiet, "{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
+    }
+
+    fn new(quiet: bool, template: &str) -> Self {
+        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let style = ProgressStyle::with_template(template).expect("the template is well-formed");
+        let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
+        if !bar.is_hidden() {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Self(bar)
+    }
+
+    /// Sets how much of `total` is done.
+    pub fn set(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+
+    /// Says what is being worked on.
+    pub fn say(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+    }
+}
+
+impl Progress for Bar {
+    fn begin(&self, what: &str, steps: u64) {
+        self.say(what);
+        self.0.reset();
+        self.set(0, steps);
+    }
+
+    fn advance(&self, n: u64) {
+        self.0.inc(n);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
