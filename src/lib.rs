@@ -7,3 +7,8 @@ pub mod cli;
 pub mod diff;
 pub mod dump;
 pub mod report;
+
+/// The README's examples, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

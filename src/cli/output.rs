@@ -1,6 +1,7 @@
 //! Where results go: standard output, which may close at any time, and files, which appear whole or not at all.
 
 use crate::report::terminal::Style;
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ impl Out {
     /// Colour only on a terminal and without `NO_COLOR`; the terminal's width, within reason.
     pub fn new() -> Self {
         let terminal = io::stdout().is_terminal();
-        let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let colour = coloured(terminal, std::env::var_os("NO_COLOR").as_deref());
         let width = terminal_size::terminal_size().filter(|_| terminal).map_or(DEFAULT_WIDTH, |(width, _)| width.0.into());
         Self { style: Style { colour, width: width.min(MAX_WIDTH) }, closed: false }
     }
@@ -58,6 +59,11 @@ impl Out {
         }
         Ok(())
     }
+}
+
+/// <https://no-color.org>: any value but the empty one turns colour off.
+fn coloured(terminal: bool, no_color: Option<&OsStr>) -> bool {
+    terminal && no_color.is_none_or(OsStr::is_empty)
 }
 
 /// Where a report goes that is asked for by an option.
@@ -142,6 +148,12 @@ mod tests {
             fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn colour_is_for_terminals_that_want_it() {
+        assert!(coloured(true, None) && coloured(true, Some(OsStr::new(""))));
+        assert!(!coloured(true, Some(OsStr::new("1"))) && !coloured(false, None));
     }
 
     #[test]
