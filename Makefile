@@ -1,6 +1,4 @@
 CARGO ?= cargo
-LM = $(CARGO) run --quiet --release --example train_lm --
-SMALL = --hidden 64 --vocab 1000 --seq 64 --batch 4 --microbatches 2
 
 .PHONY: test lint unit samples bench dumps
 
@@ -26,10 +24,9 @@ samples:
 bench:
 	$(CARGO) bench --workspace
 
-# The sample dumps: real steps of the small language model of examples/train_lm, healthy and with a fault in its backward.
+# The sample dumps: late steps of the small language model of examples/train_lm, healthy and with a bug in its backward, and a
+# step spread over processes that was made to order. dumps/expected.txt says what xent-diff must find in each.
 dumps:
 	rm -rf dumps/*/
-	$(LM) $(SMALL) --steps 151 --capture-at 0,150 --dumps dumps/healthy
-	$(LM) $(SMALL) --steps 151 --capture-at 150 --fault label-scatter-bf16 --dumps dumps/label-scatter-bf16
-	$(LM) $(SMALL) --steps 151 --capture-at 150 --fault dk-accumulate-bf16 --dumps dumps/dk-accumulate-bf16
-	$(LM) $(SMALL) --steps 151 --capture-at 150 --fault mean-of-means --dumps dumps/mean-of-means
+	examples/make_sample_dumps.sh dumps
+	$(CARGO) run --release -- synth dumps/synth-vocab-tail-dropped --processes 2 --microbatches 3 --fault vocab-tail-dropped:tile=128

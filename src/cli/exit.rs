@@ -33,8 +33,11 @@ impl From<Exit> for ExitCode {
 
 /// Runs `work`; a panic in it ends as [`Exit::Internal`] with a short message.
 pub fn guard(work: impl FnOnce() -> Exit + panic::UnwindSafe) -> Exit {
+    let default = panic::take_hook();
     panic::set_hook(Box::new(report_panic));
-    panic::catch_unwind(work).unwrap_or(Exit::Internal)
+    let exit = panic::catch_unwind(work).unwrap_or(Exit::Internal);
+    panic::set_hook(default);
+    exit
 }
 
 fn report_panic(info: &PanicHookInfo) {

@@ -11,18 +11,18 @@ pub struct Bar(ProgressBar);
 impl Bar {
     /// Counts steps.
     pub fn steps(quiet: bool) -> Self {
-        Self::new(quiet, "{msg} {wide_bar} {pos}/{len} {eta}")
+        Self::new(quiet, "{msg} {bar:24} {pos}/{len}")
     }
 
     /// Counts bytes.
     pub fn bytes(quiet: bool) -> Self {
-        Self::new(quiet, "{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
+        Self::new(quiet, "{msg} {bar:24} {bytes}/{total_bytes}, {eta} left")
     }
 
     fn new(quiet: bool, template: &str) -> Self {
         let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let style = ProgressStyle::with_template(template).expect("the template is well-formed");
-        let bar = ProgressBar::with_draw_target(Some(0), target).with_style(style);
+        let bar = ProgressBar::with_draw_target(Some(1), target).with_style(style);
         if !bar.is_hidden() {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
@@ -44,7 +44,6 @@ impl Bar {
 impl Progress for Bar {
     fn begin(&self, what: &str, steps: u64) {
         self.say(what);
-        self.0.reset();
         self.set(0, steps);
     }
 
