@@ -1,0 +1,87 @@
+//! The library's fused loss as the trainer calls it, and the faults that can be put in its place.
+
+use clap::ValueEnum;
+use fused_xent::kernels::problem::{Floats, Label, Problem, ProblemError};
+use fused_xent::kernels::reduction::{Microbatches, StepReduction};
+use fused_xent::kernels::reference::{self, Cotangents};
+use half::bf16;
+
+/// A real bug, put into this trainer's backward on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Fault {
+    /// Label gradients scatter-added into dK in bf16: the running sum is rounded at every hit
+    LabelScatterBf16,
+    /// Microbatches' dK added up in bf16
+    DkAccumulateBf16,
+    /// Every microbatch averaged over its own tokens, and then the averages averaged
+    MeanOfMeans,
+}
+
+impl Fault {
+    /// Its name in the fault catalogue.
+    pub fn slug(self) -> &'static str {
+        match self {
+            Fault::LabelScatterBf16 => "label-scatter-bf16",
+            Fault::DkAccumulateBf16 => "dk-accumulate-bf16",
+            Fault::MeanOfMeans => "mean-of-means",
+        }
+    }
+}
+
+/// The step's loss: the mean over all valid tokens of all its microbatches.
+pub const REDUCTION: StepReduction = StepReduction {
+    reduction: fused_xent::kernels::reduction::Reduction::Mean,
+    denominator: fused_xent::kernels::reduction::Denominator::Valid,
+    microbatches: Microbatches::Global,
+    cotangent: 1.0,
+};
+
+/// What the loss leaves of one microbatch.
+pub struct LossAndGrad {
+    /// ℓ, [N].
+    pub loss: Vec<f32>,
+    /// lse, [N].
+    pub lse: Vec<f32>,
+    /// z_t, [N].
+    pub label_logits: Vec<f32>,
+    /// dQ, [N, D].
+    pub d_hidden: Vec<bf16>,
+    /// dK, [V, D].
+    pub d_unembedding: Vec<f32>,
+}
+
+/// Loss and gradients of `problem` for the per-token cotangents `g` [N].
+pub fn loss_and_grad(problem: &Problem, g: &[f32], fault: Option<Fault>) -> Result<LossAndGrad, ProblemError> {
+    let forward = reference::forward(problem)?;
+    let g64: Vec<f64> = g.iter().map(|&g| f64::from(g)).collect();
+    let gradients = reference::backward(problem, &forward.lse, &Cotangents { loss: Some(g64), lse: None, label_logits: None })?;
+    let f32s = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<f32>>();
+    let mut d_unembedding: Vec<f32> = gradients.unembedding.sum().iter().map(|&x| x as f32).collect();
+    if fault == Some(Fault::LabelScatterBf16) {
+        d_unembedding = gradients.unembedding.lse.iter().map(|&x| x as f32).collect();
+        let label = scatter_labels_bf16(problem, g);
+        d_unembedding.iter_mut().zip(label).for_each(|(d, label)| *d += label.to_f32());
+    }
+    Ok(LossAndGrad {
+        loss: f32s(&forward.loss),
+        lse: f32s(&forward.lse),
+        label_logits: f32s(&forward.label_logits),
+        d_hidden: gradients.hidden.sum().iter().map(|&x| bf16::from_f64(x)).collect(),
+        d_unembedding,
+    })
+}
+
+/// The label part of dK [V, D] as the transpose of a bf16 gather makes it: dK[t] ← bf16(dK[t] − g·Q[n]), token after token.
+fn scatter_labels_bf16(problem: &Problem, g: &[f32]) -> Vec<bf16> {
+    let shape = problem.shape();
+    let hidden: Floats = problem.hidden();
+    let mut label = vec![bf16::ZERO; shape.vocab * shape.hidden];
+    for (n, &g) in g.iter().enumerate() {
+        let Label::Column(column) = problem.labels()[n] else { continue };
+        let start = column as usize * shape.hidden;
+        for (d, sum) in label[start..start + shape.hidden].iter_mut().enumerate() {
+            *sum = bf16::from_f32(sum.to_f32() - g * hidden.get(n * shape.hidden + d));
+        }
+    }
+    label
+}
