@@ -46,6 +46,11 @@ impl Precision {
         }
     }
 
+    /// Whether rounding to this precision shows at the scale of 16-bit outputs.
+    pub fn is_16_bit(self) -> bool {
+        self.unit_roundoff() > Precision::Bf16x2.unit_roundoff()
+    }
+
     /// The name used in manifests and reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -68,6 +73,15 @@ impl From<DType> for Precision {
     }
 }
 
+/// How the onehot enters dlogits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LabelTerm {
+    /// P − onehot is formed first, and rounded as one.
+    Joint,
+    /// The label part is added to the gradients apart, exact in f32; only P is rounded to the precision of dlogits.
+    Apart,
+}
+
 /// Which value of the computation is rounded to what. Inputs are exact; products of two inputs are exact or f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contract {
@@ -75,6 +89,8 @@ pub struct Contract {
     pub logits: Precision,
     /// dlogits, before the gradient products.
     pub dlogits: Precision,
+    /// Whether that rounding takes the label part in.
+    pub label: LabelTerm,
     /// All sums: over D in the logits, over V in lse and dQ, over N in dK.
     pub accumulate: Precision,
     /// The one final rounding of dQ.
@@ -88,6 +104,7 @@ impl Contract {
     pub const F32: Contract = Contract {
         logits: Precision::F32,
         dlogits: Precision::F32,
+        label: LabelTerm::Joint,
         accumulate: Precision::F32,
         d_hidden: Precision::F32,
         d_unembedding: Precision::F32,

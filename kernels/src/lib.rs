@@ -5,6 +5,7 @@
 //! P = exp(z − lse); g = per-token cotangent; dlogits = g·(P − onehot); dQ = dlogits·K; dK = dlogitsᵀ·Q.
 
 pub mod contract;
+pub mod floor;
 pub mod problem;
 pub mod reduction;
 pub mod reference;

@@ -10,8 +10,8 @@
 //! ```
 //! It holds the logits of a block of tokens at a time, all V of them, and takes its products from a library's f64 GEMM.
 
-use crate::problem::{Floats, Label, Layout, LossOptions, Problem, ProblemError};
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use crate::problem::{Floats, Label, Layout, LossOptions, Problem, ProblemError, Shape};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -80,10 +80,6 @@ pub struct Parts {
 }
 
 impl Parts {
-    fn zeros(rows: usize, columns: usize) -> Self {
-        Self { lse: Array2::zeros((rows, columns)), label: Array2::zeros((rows, columns)) }
-    }
-
     /// The gradient.
     pub fn sum(&self) -> Array2<f64> {
         &self.lse + &self.label
@@ -99,6 +95,14 @@ pub struct Gradients {
     pub unembedding: Parts,
 }
 
+impl Gradients {
+    /// All 0, in the shapes of a problem's gradients.
+    pub fn zeros(shape: Shape) -> Self {
+        let zeros = |rows| Parts { lse: Array2::zeros((rows, shape.hidden)), label: Array2::zeros((rows, shape.hidden)) };
+        Self { hidden: zeros(shape.tokens), unembedding: zeros(shape.vocab) }
+    }
+}
+
 /// Per-token loss, lse and label logits.
 ///
 /// # Errors
@@ -111,18 +115,19 @@ pub fn forward(problem: &Problem) -> Result<Forward, ProblemError> {
         let z = logits(problem, rows.clone());
         for (n, z) in rows.zip(z.outer_iter()) {
             let Label::Column(label) = problem.labels()[n] else { continue };
-            let z = z.slice(s![..problem.valid_columns()]);
-            let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-            let lse = log_sum_exp(z.iter().copied());
-            let label_logit = z[label as usize];
-            let mut loss = lse - (1.0 - label_smoothing) * label_logit + z_loss * lse * lse;
-            if label_smoothing > 0.0 {
-                loss -= label_smoothing * z.sum() / z.len() as f64;
-            }
-            (out.loss[n], out.lse[n], out.label_logits[n]) = (loss, lse, label_logit);
+            (out.loss[n], out.lse[n]) = loss_and_lse(problem, label as usize, z.slice(s![..problem.valid_columns()]));
+            out.label_logits[n] = z[label as usize];
         }
     }
     Ok(out)
+}
+
+/// ℓ and lse of one token from its valid logits.
+pub fn loss_and_lse(problem: &Problem, label: usize, z: ArrayView1<f64>) -> (f64, f64) {
+    let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+    let lse = log_sum_exp(z.iter().copied());
+    let smoothed = if label_smoothing > 0.0 { label_smoothing * z.sum() / z.len() as f64 } else { 0.0 };
+    (lse - (1.0 - label_smoothing) * z[label] - smoothed + z_loss * lse * lse, lse)
 }
 
 /// dQ and dK, in parts, for `cotangents` of the results of [`forward`].
@@ -131,9 +136,7 @@ pub fn forward(problem: &Problem) -> Result<Forward, ProblemError> {
 /// If the unembedding is a shard.
 pub fn backward(problem: &Problem, lse: &[f64], cotangents: &Cotangents) -> Result<Gradients, ProblemError> {
     problem.require_whole("the oracle")?;
-    let shape = problem.shape();
-    let mut out =
-        Gradients { hidden: Parts::zeros(shape.tokens, shape.hidden), unembedding: Parts::zeros(shape.vocab, shape.hidden) };
+    let mut out = Gradients::zeros(problem.shape());
     for rows in token_blocks(problem) {
         let dlogits = dlogits(problem, rows.clone(), lse, cotangents);
         products(problem, rows.clone(), dlogits.lse.view(), &mut out.hidden.lse, &mut out.unembedding.lse);
@@ -228,17 +231,32 @@ pub fn token_blocks(problem: &Problem) -> impl Iterator<Item = Range<usize>> + u
 
 /// z, [rows, V]: scaled, capped, −∞ in padding columns.
 pub fn logits(problem: &Problem, rows: Range<usize>) -> Array2<f64> {
-    let q = hidden_rows(problem, rows.clone());
+    let q = hidden_rows(problem, rows);
     let options = problem.options();
     let valid = problem.valid_columns();
-    let mut z = Array2::zeros((rows.len(), problem.shape().vocab));
-    z.axis_chunks_iter_mut(Axis(1), VOCAB_CHUNK).into_par_iter().zip(vocab_chunks(problem)).for_each(|(mut z, columns)| {
-        ndarray::linalg::general_mat_mul(options.logit_scale, &q, &unembedding_rows(problem, columns.clone()).t(), 0.0, &mut z);
-        if let Some(cap) = options.logit_softcap {
-            z.mapv_inplace(|x| cap * (x / cap).tanh());
-        }
-        let padding = valid.clamp(columns.start, columns.end) - columns.start;
-        z.slice_mut(s![.., padding..]).fill(f64::NEG_INFINITY);
+    let mut z = times_unembedding(problem, &q, options.logit_scale, |k| k);
+    if let Some(cap) = options.logit_softcap {
+        z.par_mapv_inplace(|x| cap * (x / cap).tanh());
+    }
+    z.slice_mut(s![.., valid..]).fill(f64::NEG_INFINITY);
+    z
+}
+
+/// scale²·Σ_d q²·k², [rows, V]: the squared terms of each logit's sum over D.
+pub fn squared_products(problem: &Problem, rows: Range<usize>) -> Array2<f64> {
+    let q = hidden_rows(problem, rows).mapv(|q| q * q);
+    times_unembedding(problem, &q, problem.options().logit_scale.powi(2), |k| k.mapv_into(|k| k * k))
+}
+
+fn times_unembedding(
+    problem: &Problem,
+    q: &Array2<f64>,
+    scale: f64,
+    of_k: impl Fn(Array2<f64>) -> Array2<f64> + Sync,
+) -> Array2<f64> {
+    let mut z = Array2::zeros((q.nrows(), problem.shape().vocab));
+    z.axis_chunks_iter_mut(Axis(1), VOCAB_CHUNK).into_par_iter().zip(vocab_chunks(problem)).for_each(|(mut z, ids)| {
+        ndarray::linalg::general_mat_mul(scale, q, &of_k(unembedding_rows(problem, ids)).t(), 0.0, &mut z);
     });
     z
 }

@@ -1,0 +1,273 @@
+//! The floor against honest computations written plainly, and against dishonest ones.
+
+use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
+use fused_xent_kernels::floor::Error;
+use fused_xent_kernels::problem::{Inputs, Layout, LossOptions, Problem, Shape};
+use fused_xent_kernels::reference::{self, Cotangents, Gradients};
+use half::bf16;
+use ndarray::{Array2, ArrayView2};
+use proptest::prelude::*;
+
+/// Bell-shaped noise from a counter: enough for test data.
+fn noise(seed: u64, i: usize) -> f64 {
+    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i as u64);
+    (0..12).fold(-6.0, |sum, _| {
+        x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = x;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        sum + ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    })
+}
+
+#[derive(Debug)]
+struct Case {
+    shape: Shape,
+    hidden: Vec<bf16>,
+    unembedding: Vec<bf16>,
+    targets: Vec<i32>,
+    options: LossOptions,
+    g: Vec<f64>,
+}
+
+impl Case {
+    fn new(shape: Shape, spread: f64, options: LossOptions, seed: u64) -> Self {
+        let Shape { tokens, hidden, vocab } = shape;
+        let scale = spread / (hidden as f64).sqrt();
+        let valid = options.valid_vocab.unwrap_or(vocab);
+        let draw =
+            |salt: u64, n: usize, scale: f64| (0..n).map(|i| bf16::from_f64(scale * noise(seed ^ (salt << 32), i))).collect();
+        Self {
+            shape,
+            hidden: draw(1, tokens * hidden, 1.0),
+            unembedding: draw(2, vocab * hidden, scale),
+            targets: (0..tokens).map(|n| if n % 7 == 3 { -100 } else { ((n * n * 31 + n) % valid) as i32 }).collect(),
+            options,
+            g: (0..tokens).map(|n| (1.0 + 0.3 * (n % 5) as f64) / 77.0).collect(),
+        }
+    }
+
+    fn problem(&self) -> Problem<'_> {
+        let inputs = Inputs {
+            hidden: self.hidden[..].into(),
+            unembedding: self.unembedding[..].into(),
+            layout: Layout::Vd,
+            targets: self.targets[..].into(),
+            token_weights: None,
+            shape: self.shape,
+            shard: None,
+        };
+        Problem::new(inputs, self.options).unwrap()
+    }
+}
+
+/// How a plain float32 computation rounds beyond float32.
+#[derive(Clone, Copy, Debug)]
+struct Plain {
+    contract: Contract,
+    /// Sums run in tiles of this many terms, each tile's sum added to the total.
+    tile: usize,
+}
+
+impl Plain {
+    fn sum(&self, terms: impl Iterator<Item = f32>) -> f32 {
+        let (mut total, mut part) = (0.0f32, 0.0f32);
+        for (i, t) in terms.enumerate() {
+            part += t;
+            if (i + 1) % self.tile == 0 {
+                total += part;
+                part = 0.0;
+            }
+        }
+        total + part
+    }
+
+    fn round(precision: Precision, x: f32) -> f32 {
+        precision.round(f64::from(x)) as f32
+    }
+
+    /// Loss, lse, label logits [N]; dQ [N, D] and dK [V, D].
+    fn run(&self, case: &Case) -> ([Vec<f64>; 3], Array2<f64>, Array2<f64>) {
+        let Shape { tokens, hidden: d, vocab } = case.shape;
+        let options = &case.options;
+        let valid = options.valid_vocab.unwrap_or(vocab);
+        let (q, k) =
+            (|n: usize, i: usize| case.hidden[n * d + i].to_f32(), |v: usize, i: usize| case.unembedding[v * d + i].to_f32());
+        let mut dlogits = vec![0.0f32; tokens * vocab];
+        let mut onehots = vec![0.0f32; tokens];
+        let mut per_token = [vec![0.0; tokens], vec![0.0; tokens], vec![0.0; tokens]];
+        for n in 0..tokens {
+            if case.targets[n] < 0 {
+                continue;
+            }
+            let z: Vec<f32> = (0..valid)
+                .map(|v| {
+                    let x = self.sum((0..d).map(|i| q(n, i) * k(v, i))) * options.logit_scale as f32;
+                    let z = options.logit_softcap.map_or(x, |cap| cap as f32 * (x / cap as f32).tanh());
+                    Self::round(self.contract.logits, z)
+                })
+                .collect();
+            let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let lse = max + self.sum(z.iter().map(|z| (z - max).exp())).ln();
+            let (label, smoothing, z_loss) = (case.targets[n] as usize, options.label_smoothing as f32, options.z_loss as f32);
+            let mean = self.sum(z.iter().copied()) / valid as f32;
+            per_token[0][n] = f64::from(lse - (1.0 - smoothing) * z[label] - smoothing * mean + z_loss * lse * lse);
+            per_token[1][n] = lse.into();
+            per_token[2][n] = z[label].into();
+            let g = case.g[n] as f32;
+            for v in 0..valid {
+                let slope =
+                    options.logit_scale as f32 * options.logit_softcap.map_or(1.0, |cap| 1.0 - (z[v] / cap as f32).powi(2));
+                let constant = -g * smoothing / valid as f32;
+                let onehot = if v == label { -g * (1.0 - smoothing) } else { 0.0 };
+                let p = g * (1.0 + 2.0 * z_loss * lse) * (z[v] - lse).exp();
+                dlogits[n * vocab + v] = match self.contract.label {
+                    LabelTerm::Joint => Self::round(self.contract.dlogits, (p + onehot + constant) * slope),
+                    LabelTerm::Apart => Self::round(self.contract.dlogits, (p + constant) * slope),
+                };
+                if v == label && self.contract.label == LabelTerm::Apart {
+                    onehots[n] = onehot * slope;
+                }
+            }
+        }
+        let label = |n: usize| case.targets[n].max(0) as usize;
+        let d_hidden = Array2::from_shape_fn((tokens, d), |(n, i)| {
+            let sum = self.sum((0..vocab).map(|v| dlogits[n * vocab + v] * k(v, i))) + onehots[n] * k(label(n), i);
+            self.contract.d_hidden.round(sum.into())
+        });
+        let d_unembedding = Array2::from_shape_fn((vocab, d), |(v, i)| {
+            let apart = self.sum((0..tokens).filter(|&n| label(n) == v).map(|n| onehots[n] * q(n, i)));
+            self.contract.d_unembedding.round((self.sum((0..tokens).map(|n| dlogits[n * vocab + v] * q(n, i))) + apart).into())
+        });
+        (per_token, d_hidden, d_unembedding)
+    }
+}
+
+#[derive(Debug)]
+struct Verdict {
+    /// ‖candidate − reference‖₂ over the floor, and over what no accident exceeds.
+    ratio: f64,
+    of_limit: f64,
+    /// Elements beyond their bound.
+    breaches: usize,
+}
+
+impl Verdict {
+    fn honest(&self) -> bool {
+        (self.ratio <= 1.5 || self.of_limit <= 1.0) && self.breaches == 0
+    }
+}
+
+fn judge(error: &Error, output: Precision, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> Verdict {
+    let tolerance = error.tolerance(reference, output);
+    let deviation = candidate.iter().zip(reference).map(|(c, r)| (c - r).powi(2)).sum::<f64>().sqrt();
+    let beyond = |((row, column), c): ((usize, usize), &f64)| {
+        let truth = reference[[row, column]];
+        (c - truth).abs() > tolerance.bound(row, column, truth)
+    };
+    let rows = 0..reference.nrows();
+    Verdict {
+        ratio: deviation / tolerance.l2(rows.clone()),
+        of_limit: deviation / tolerance.limit(rows),
+        breaches: candidate.indexed_iter().filter(|&e| beyond(e)).count(),
+    }
+}
+
+fn assert_honest(verdict: Verdict) -> Result<(), TestCaseError> {
+    prop_assert!(verdict.honest(), "{verdict:?}");
+    Ok(())
+}
+
+fn column(values: &[f64]) -> ArrayView2<'_, f64> {
+    ArrayView2::from_shape((values.len(), 1), values).unwrap()
+}
+
+struct Truth {
+    forward: reference::Forward,
+    gradients: Gradients,
+    floor: fused_xent_kernels::floor::Floor,
+}
+
+fn truth(case: &Case, contract: Contract) -> Truth {
+    let problem = case.problem();
+    let cotangents = Cotangents { loss: Some(case.g.clone()), ..Cotangents::default() };
+    let forward = reference::forward(&problem).unwrap();
+    let gradients = reference::backward(&problem, &forward.lse, &cotangents).unwrap();
+    let floor = contract.floor(&problem, &forward, &cotangents, &gradients).unwrap();
+    Truth { forward, gradients, floor }
+}
+
+fn contracts() -> Vec<Contract> {
+    let bf16_out = Contract { d_hidden: Precision::Bf16, d_unembedding: Precision::Bf16, ..Contract::F32 };
+    vec![
+        Contract::F32,
+        bf16_out,
+        Contract { dlogits: Precision::Bf16, ..bf16_out },
+        Contract { dlogits: Precision::Bf16, label: LabelTerm::Apart, ..bf16_out },
+        Contract { dlogits: Precision::Bf16, ..Contract::F32 },
+        Contract { dlogits: Precision::Bf16x2, ..Contract::F32 },
+        Contract { label: LabelTerm::Apart, ..Contract::F32 },
+        Contract { logits: Precision::Bf16, dlogits: Precision::Bf16, ..bf16_out },
+    ]
+}
+
+fn options() -> impl Strategy<Value = LossOptions> {
+    let base = LossOptions::default();
+    prop_oneof![
+        3 => Just(base),
+        1 => Just(LossOptions { logit_softcap: Some(15.0), ..base }),
+        1 => Just(LossOptions { z_loss: 1e-3, label_smoothing: 0.1, ..base }),
+        1 => Just(LossOptions { logit_scale: 0.37, valid_vocab: Some(50), ..base }),
+    ]
+}
+
+/// A case from every corner: shape, logit size, options, contract, order of summation.
+fn cases() -> impl Strategy<Value = (Case, Contract, usize)> {
+    let shape = (1..40usize, 1..80usize, 64..300usize).prop_map(|(tokens, hidden, vocab)| Shape { tokens, hidden, vocab });
+    let spread = prop::sample::select(vec![0.01, 1.0, 5.0, 30.0, 1000.0]);
+    let tile = prop::sample::select(vec![1, 16, 100_000]);
+    (shape, spread, options(), any::<u64>(), prop::sample::select(contracts()), tile)
+        .prop_map(|(shape, spread, options, seed, contract, tile)| (Case::new(shape, spread, options, seed), contract, tile))
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn honest_computations_stay_at_the_floor((case, contract, tile) in cases()) {
+        let truth = truth(&case, contract);
+        let (per_token, d_hidden, d_unembedding) = Plain { contract, tile }.run(&case);
+        let exact = [&truth.forward.loss, &truth.forward.lse, &truth.forward.label_logits];
+        let errors = [&truth.floor.loss, &truth.floor.lse, &truth.floor.label_logits];
+        for i in 0..3 {
+            assert_honest(judge(errors[i], Precision::F32, column(&per_token[i]), column(exact[i])))?;
+        }
+        let Gradients { hidden, unembedding } = &truth.gradients;
+        assert_honest(judge(&truth.floor.hidden.sum, contract.d_hidden, d_hidden.view(), hidden.sum().view()))?;
+        assert_honest(judge(&truth.floor.unembedding.sum, contract.d_unembedding, d_unembedding.view(), unembedding.sum().view()))?;
+    }
+
+    /// A gradient that is 0, a row off, a factor off, of the wrong sign or without its label term is not honest.
+    #[test]
+    fn dishonest_gradients_are_rejected(seed: u64, spread in prop::sample::select(vec![0.01, 1.0, 5.0]), contract in 0..3usize) {
+        let contract = contracts()[contract];
+        let case = Case::new(Shape { tokens: 24, hidden: 48, vocab: 130 }, spread, LossOptions::default(), seed);
+        let truth = truth(&case, contract);
+        for (error, parts, output) in [
+            (&truth.floor.hidden.sum, &truth.gradients.hidden, contract.d_hidden),
+            (&truth.floor.unembedding.sum, &truth.gradients.unembedding, contract.d_unembedding),
+        ] {
+            let sum = parts.sum();
+            let rolled = Array2::from_shape_fn(sum.dim(), |(r, c)| sum[[(r + 1) % sum.nrows(), c]]);
+            for wrong in [&sum * 0.0, rolled, &sum * 1.01, &sum * -1.0, parts.lse.clone()] {
+                let wrong = wrong.mapv(|x| output.round(x));
+                let verdict = judge(error, output, wrong.view(), sum.view());
+                prop_assert!(!verdict.honest(), "{verdict:?}");
+            }
+        }
+    }
+}

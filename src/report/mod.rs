@@ -1,0 +1,3 @@
+//! Results and how they are shown.
+
+pub mod model;

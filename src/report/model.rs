@@ -1,0 +1,251 @@
+//! The one result of a run of `xent-diff`: plain data, from which the terminal, JSON and HTML are rendered.
+//!
+//! Field names are those of the JSON report (`docs/report.md`).
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// Whether candidate and reference agree within what honest rounding explains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// At the floor.
+    Agree,
+    /// Above it.
+    Diverge,
+}
+
+/// The judgement of one dump.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The worst of the candidates' verdicts.
+    pub verdict: Verdict,
+    /// What was judged.
+    pub dump: DumpSummary,
+    /// One entry per run, step and candidate.
+    pub candidates: Vec<CandidateReport>,
+    /// What the reader should know: missing checksums, incomplete microbatches.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// What a dump holds.
+#[derive(Clone, Debug, Serialize)]
+pub struct DumpSummary {
+    /// Where it lies, as given on the command line.
+    pub path: String,
+    /// The runs in it.
+    pub run_ids: Vec<String>,
+    /// Number of processes that wrote it.
+    pub processes: usize,
+    /// The steps judged.
+    pub steps: Vec<u64>,
+    /// Folders without a manifest: captures that were cut off.
+    pub interrupted: Vec<String>,
+}
+
+/// One candidate on one step.
+#[derive(Clone, Debug, Serialize)]
+pub struct CandidateReport {
+    /// `recorded`, `cpu`, …
+    pub candidate: String,
+    /// The kernel or contract behind it, for people: "portable, float32 throughout".
+    pub description: String,
+    /// The run that this step belongs to.
+    pub run_id: String,
+    /// The training step.
+    pub step: u64,
+    /// The worst of its tensors' verdicts.
+    pub verdict: Verdict,
+    /// The contract against whose floor it is judged.
+    pub contract: ContractReport,
+    /// Per microbatch.
+    pub microbatches: Vec<MicrobatchReport>,
+    /// Over the step, where the candidate has it.
+    pub accumulated: Option<AccumulatedReport>,
+    /// Where the ladder of stages first breaks.
+    pub first_divergence: Option<Divergence>,
+    /// What explains the divergence, best first.
+    pub findings: Vec<Finding>,
+}
+
+/// A numeric contract and where it comes from.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContractReport {
+    /// `declared` by the kernel or the dump, or `assumed`.
+    pub source: &'static str,
+    /// Precision of dlogits in the gradient products.
+    pub dlogits: &'static str,
+    /// Precision of the sums.
+    pub accumulate: &'static str,
+    /// Precision of dQ.
+    pub d_hidden: &'static str,
+    /// Precision of dK.
+    pub d_unembedding: &'static str,
+}
+
+/// One microbatch of a candidate.
+#[derive(Clone, Debug, Serialize)]
+pub struct MicrobatchReport {
+    /// Its index in the step.
+    pub microbatch: usize,
+    /// N, and how many of them take part.
+    pub tokens: usize,
+    /// Unmasked tokens.
+    pub valid_tokens: usize,
+    /// In the order of the stages.
+    pub tensors: Vec<TensorReport>,
+}
+
+/// What accumulates over a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct AccumulatedReport {
+    /// The accumulated gradients.
+    pub tensors: Vec<TensorReport>,
+    /// ‖accumulated dK‖₂.
+    pub grad_norm: Option<GradNorm>,
+}
+
+/// A gradient norm.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GradNorm {
+    /// The candidate's.
+    pub candidate: f64,
+    /// The reference's.
+    pub reference: f64,
+    /// How far an honest computation's may lie from the reference's.
+    pub tolerance: f64,
+    /// Whether it does.
+    pub verdict: Verdict,
+}
+
+/// One tensor compared. A relative figure is over ‖reference‖₂, and `null` where that is 0.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorReport {
+    /// The tensor's name in the dump format, which is the stage's.
+    pub name: String,
+    /// Rows and columns as compared: [N, 1], [N, D] or [V, D] (whatever the layout).
+    pub shape: [usize; 2],
+    /// Agree or diverge.
+    pub verdict: Verdict,
+    /// Why it diverges, in words; `None` if it agrees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// ‖candidate − reference‖₂ / ‖reference‖₂.
+    pub rel_l2: Option<f64>,
+    /// Largest |candidate − reference|.
+    pub max_abs: f64,
+    /// ⟨candidate, reference⟩ / (‖candidate‖·‖reference‖). For information: never part of the verdict.
+    pub cosine: Option<f64>,
+    /// α: the factor that fits candidate ≈ α · reference best.
+    pub scale: Option<f64>,
+    /// ‖candidate − α·reference‖₂ / ‖reference‖₂.
+    pub residual: Option<f64>,
+    /// The `rel_l2` that an honest computation under the contract makes on this very data.
+    pub noise_floor: Option<f64>,
+    /// `rel_l2` / `noise_floor`.
+    pub ratio: f64,
+    /// The ratio that no honest computation exceeds here: 1.5, more where few roundings decide.
+    pub ratio_limit: f64,
+    /// 99th percentile of |candidate − reference| in units in the last place of the reference, in the candidate's dtype.
+    pub ulp_p99: f64,
+    /// Elements of the candidate that are not finite.
+    pub nonfinite: usize,
+    /// Elements beyond what any honest computation gives there.
+    pub out_of_bound: usize,
+    /// The element furthest from the reference.
+    pub worst: Option<Worst>,
+    /// How the error lies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pattern: Option<Pattern>,
+}
+
+/// An element and both its values.
+#[derive(Clone, Debug, Serialize)]
+pub struct Worst {
+    /// Row and column: token (flattened) or vocab id, and feature.
+    pub index: [usize; 2],
+    /// In words: "token 17 (label 42), feature 3" or "vocab id 42, feature 3".
+    pub place: String,
+    /// The candidate's value.
+    pub candidate: f64,
+    /// The reference's value.
+    pub reference: f64,
+}
+
+/// How an error lies over a tensor.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Pattern {
+    /// `uniform`, `rows`, `label_rows`, `scale`, `row_scale`, `zero_rows`, `nonfinite`.
+    pub kind: String,
+    /// The share of the squared error that the pattern holds.
+    pub share: f64,
+    /// Row ranges [start, end) that hold it, if it is confined to some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rows: Vec<[usize; 2]>,
+    /// The fitted factor, where the pattern is a scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// The first row in error, where everything from it on is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_bad: Option<usize>,
+}
+
+/// The first rung of the ladder that breaks.
+#[derive(Clone, Debug, Serialize)]
+pub struct Divergence {
+    /// `None` for what is accumulated over the step.
+    pub microbatch: Option<usize>,
+    /// The stage.
+    pub stage: String,
+}
+
+/// How sure a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Confidence {
+    /// The fault takes the deviation down to the floor, and no other does.
+    Certain,
+    /// It explains nearly all, and clearly more than any other.
+    Likely,
+    /// It fits best.
+    Possible,
+}
+
+/// A cause, with its evidence.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// 1 is the best.
+    pub rank: usize,
+    /// A slug of the fault catalogue, `nonfinite` or `unknown`.
+    pub cause: String,
+    /// What it is, in words.
+    pub title: String,
+    /// Share of the whole squared deviation that disappears when this fault alone is applied to the reference.
+    pub explained: f64,
+    /// Ratio to the floor that is left with this and the findings before it applied.
+    pub remaining_ratio: f64,
+    /// How sure.
+    pub confidence: Confidence,
+    /// The fault's parameters, as found.
+    pub parameters: Map<String, Value>,
+    /// What was seen.
+    pub evidence: String,
+    /// What to do.
+    pub remedy: String,
+    /// The next best cause and what it explains.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runner_up: Option<RunnerUp>,
+    /// Causes that this dump cannot tell from this one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub indistinguishable_from: Vec<String>,
+}
+
+/// The second best explanation.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunnerUp {
+    /// Its slug.
+    pub cause: String,
+    /// What it explains.
+    pub explained: f64,
+}
