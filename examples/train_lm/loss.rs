@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use fused_xent::kernels::problem::{Floats, Label, Problem, ProblemError};
-use fused_xent::kernels::reduction::{Microbatches, StepReduction};
+use fused_xent::kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
 use fused_xent::kernels::reference::{self, Cotangents};
 use half::bf16;
 
@@ -30,8 +30,8 @@ impl Fault {
 
 /// The step's loss: the mean over all valid tokens of all its microbatches.
 pub const REDUCTION: StepReduction = StepReduction {
-    reduction: fused_xent::kernels::reduction::Reduction::Mean,
-    denominator: fused_xent::kernels::reduction::Denominator::Valid,
+    reduction: Reduction::Mean,
+    denominator: Denominator::Valid,
     microbatches: Microbatches::Global,
     cotangent: 1.0,
 };
