@@ -2,4 +2,5 @@
 
 pub use fused_xent_kernels as kernels;
 
+pub mod dump;
 pub mod report;

@@ -85,3 +85,61 @@ fn scatter_labels_bf16(problem: &Problem, g: &[f32]) -> Vec<bf16> {
     }
     label
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use fused_xent::kernels::problem::{Inputs, Layout, LossOptions, Shape};
+
+    const N: usize = 64;
+    const D: usize = 16;
+    const V: usize = 40;
+
+    /// Healthy and faulty results on random data in which token 0's label has many hits and half of the labels none.
+    fn results(fault: Fault) -> [LossAndGrad; 2] {
+        let mut random = Random::new(5);
+        let mut bf16s = |n: usize| (0..n).map(|_| bf16::from_f64(random.normal())).collect::<Vec<_>>();
+        let (hidden, unembedding) = (bf16s(N * D), bf16s(V * D));
+        let targets: Vec<i32> = (0..N as i32).map(|n| if n % 2 == 0 { 7 } else { n % (V as i32 / 2) }).collect();
+        let inputs = Inputs {
+            hidden: (&hidden[..]).into(),
+            unembedding: (&unembedding[..]).into(),
+            layout: Layout::Vd,
+            targets: (&targets[..]).into(),
+            token_weights: None,
+            shape: Shape { tokens: N, hidden: D, vocab: V },
+            shard: None,
+        };
+        let problem = Problem::new(inputs, LossOptions::default()).unwrap();
+        let g = [1.0 / 60.0; N];
+        [None, Some(fault)].map(|fault| loss_and_grad(&problem, &g, fault).unwrap())
+    }
+
+    #[test]
+    fn the_bf16_scatter_harms_label_rows_only_and_busy_ones_most() {
+        let [healthy, faulty] = results(Fault::LabelScatterBf16);
+        assert_eq!((&healthy.loss, &healthy.lse, &healthy.d_hidden), (&faulty.loss, &faulty.lse, &faulty.d_hidden));
+        let row_error = |v: usize| -> f32 {
+            let row = v * D..(v + 1) * D;
+            let pairs = healthy.d_unembedding[row.clone()].iter().zip(&faulty.d_unembedding[row]);
+            pairs.map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt()
+        };
+        let busy = row_error(7);
+        // Labels are odd below V / 2, and 7. One float32 rounding of dK_lse + dK_label apart from the kernel's own is no fault.
+        let spared = (V / 2..V).map(row_error).fold(0.0, f32::max);
+        assert!(spared < 1e-3 * busy, "rows without a label: {spared:e}, the busiest row: {busy:e}");
+        for quiet in (1..V / 2).step_by(2).filter(|&v| v != 7) {
+            let error = row_error(quiet);
+            assert!(error > 100.0 * spared && busy > 2.0 * error, "row {quiet}: {error:e}, spared {spared:e}, busiest {busy:e}");
+        }
+    }
+
+    #[test]
+    fn the_other_faults_leave_the_microbatch_alone() {
+        for fault in [Fault::DkAccumulateBf16, Fault::MeanOfMeans] {
+            let [healthy, faulty] = results(fault);
+            assert_eq!((healthy.d_unembedding, healthy.d_hidden), (faulty.d_unembedding, faulty.d_hidden), "{}", fault.slug());
+        }
+    }
+}
