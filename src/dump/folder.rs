@@ -103,14 +103,8 @@ impl Folder {
                     "every process must give the same dtype, global_shape and layout",
                 ));
             }
-            shards.extend(entry.shards.iter().map(|s| ShardInfo {
-                process: c.manifest.id.process_index,
-                path: c.folder.join(&s.file),
-                region: s.region.clone(),
-                replica: s.replica,
-                bytes: s.bytes,
-                blake3: s.blake3,
-            }));
+            let process = c.manifest.id.process_index;
+            shards.extend(entry.shards.iter().map(|s| ShardInfo::new(&c.folder, process, s)));
         }
         let Some((entry, _)) = first else { return Ok(None) };
         let place = format!("{}: {}", self.place, spec.name);

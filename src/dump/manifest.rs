@@ -53,6 +53,11 @@ impl FolderId {
         format!("{process}/{}/{}", names::step_folder(self.step), names::part_folder(self.microbatch))
     }
 
+    /// Whether that folder of the dump at `root` has its manifest.
+    pub(crate) fn is_committed(&self, root: &Path) -> bool {
+        root.join(self.relative()).join(MANIFEST).exists()
+    }
+
     pub(crate) fn validate(&self, place: &str, kind: DumpErrorKind) -> Result<(), DumpError> {
         let wrong = |member: &str, found: String, expected: String| {
             Err(DumpError::new(kind, format_args!("{place}: {member}"), found, expected, "correct it"))

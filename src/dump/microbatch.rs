@@ -77,7 +77,19 @@ impl Step {
         let hidden = folder.require("hidden")?.tensor;
         let targets = folder.require("targets")?.tensor;
         let token_weights = folder.load("token_weights")?.map(|r| r.tensor);
-        let place = folder.place().to_owned();
+        LoadedMicrobatch::new(folder.place(), self.loss.options, hidden, unembedding, targets, token_weights)
+    }
+}
+
+impl LoadedMicrobatch {
+    pub(crate) fn new(
+        place: &str,
+        options: LossOptions,
+        hidden: Tensor,
+        unembedding: Arc<Tensor>,
+        targets: Tensor,
+        token_weights: Option<Tensor>,
+    ) -> Result<Self, DumpError> {
         // Shapes within one folder were checked when the dump was opened; D also has to be that of another folder.
         let d = hidden.shape().last().copied().unwrap_or(0);
         let (vocab, own_d) = match (unembedding.shape(), unembedding.layout()) {
@@ -94,11 +106,9 @@ impl Step {
             ));
         }
         let shape = Shape { tokens: targets.len(), hidden: d, vocab };
-        Ok(LoadedMicrobatch { hidden, unembedding, targets, token_weights, options: self.loss.options, shape, place })
+        Ok(Self { hidden, unembedding, targets, token_weights, options, shape, place: place.to_owned() })
     }
-}
 
-impl LoadedMicrobatch {
     /// N, D, V.
     pub fn shape(&self) -> Shape {
         self.shape

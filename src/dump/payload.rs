@@ -1,6 +1,7 @@
 //! One payload file: found in its folder, checked for size, checksum and header, decoded to its tensor's dtype.
 
 use super::error::{DumpError, DumpErrorKind};
+use super::manifest::ShardEntry;
 use super::names::ElementType;
 use super::npy;
 use super::shards::{Region, elements, multi_index};
@@ -39,6 +40,11 @@ enum Coding {
 }
 
 impl ShardInfo {
+    pub(crate) fn new(folder: &Path, process: usize, entry: &ShardEntry) -> Self {
+        let ShardEntry { file, region, replica, bytes, blake3 } = entry;
+        Self { process, path: folder.join(file), region: region.clone(), replica: *replica, bytes: *bytes, blake3: *blake3 }
+    }
+
     /// The elements of the region, row-major, in the machine's byte order: mapped where the file holds them just so.
     ///
     /// # Errors

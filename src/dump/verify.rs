@@ -2,8 +2,11 @@
 
 use super::error::DumpError;
 use super::folder::{Folder, TensorInfo};
+use super::microbatch::LoadedMicrobatch;
 use super::read::{Incomplete, Scan, Step};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What [`verify`] found. The dump is sound if `problems` is empty.
 #[derive(Debug)]
@@ -41,7 +44,9 @@ pub fn verify(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyR
     let mut done = 0;
     progress(done, total);
     for step in steps() {
+        let mut shared_unembedding = None;
         for folder in folders_of(step) {
+            let mut inputs = BTreeMap::new();
             for tensor in folder.tensors() {
                 let mut parts = Vec::new();
                 for shard in &tensor.shards {
@@ -56,11 +61,28 @@ pub fn verify(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyR
                     continue;
                 }
                 match folder.assemble(tensor, parts) {
-                    Ok(recorded) => differing_copies.extend(recorded.copies.iter().map(|c| {
-                        format!("{}: {}: process {}, replica {}, {}", folder.place(), tensor.name, c.process, c.replica, c.region)
-                    })),
+                    Ok(recorded) => {
+                        differing_copies.extend(recorded.copies.iter().map(|c| {
+                            let (process, replica) = (c.process, c.replica);
+                            format!("{}: {}: process {process}, replica {replica}, {}", folder.place(), tensor.name, c.region)
+                        }));
+                        if tensor.input {
+                            inputs.insert(tensor.name.as_str(), recorded.tensor);
+                        }
+                    }
                     Err(e) => problems.push(e),
                 }
+            }
+            let own_unembedding = inputs.remove("unembedding").map(Arc::new);
+            let (hidden, targets, weights) = (inputs.remove("hidden"), inputs.remove("targets"), inputs.remove("token_weights"));
+            if let (Some(k), Some(hidden), Some(targets)) =
+                (own_unembedding.as_ref().or(shared_unembedding.as_ref()), hidden, targets)
+            {
+                let loaded = LoadedMicrobatch::new(folder.place(), step.loss.options, hidden, k.clone(), targets, weights);
+                problems.extend(loaded.and_then(|loaded| loaded.problem().map(|_| ())).err());
+            }
+            if std::ptr::eq(folder, &step.shared) {
+                shared_unembedding = own_unembedding;
             }
         }
     }

@@ -4,11 +4,13 @@ use super::error::{DumpError, DumpErrorKind};
 use super::manifest::{FolderId, Manifest, ShardEntry, TensorEntry};
 use super::names::{ElementType, MANIFEST, ShapeRule, TENSORS, did_you_mean, payload_file, tensor_spec};
 use super::npy;
+use super::payload::ShardInfo;
 use super::shards::{Region, elements};
 use fused_xent_kernels::problem::{Floats, Layout, Targets};
 use half::{bf16, f16};
 use serde_json::Value;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -138,6 +140,8 @@ pub struct FolderWriter {
     root: PathBuf,
     folder: PathBuf,
     manifest: Manifest,
+    /// With verification: the BLAKE3 of the elements handed in, by file.
+    digests: Option<BTreeMap<String, blake3::Hash>>,
 }
 
 impl FolderWriter {
@@ -153,6 +157,7 @@ impl FolderWriter {
             root: root.to_owned(),
             manifest: Manifest { id, tensors: Vec::new(), unembedding_from_shared: false, contract: None, extra: None },
             folder,
+            digests: None,
         };
         writer.require_uncommitted()?;
         fs::create_dir_all(&writer.folder).map_err(|e| DumpError::write(&writer.folder, e))?;
@@ -172,6 +177,12 @@ impl FolderWriter {
                 "capture to a new folder, or remove the old dump",
             )),
         }
+    }
+
+    /// From here on, keeps a digest of every array handed in; commit then reads the folder back and compares.
+    pub fn verified(mut self) -> Self {
+        self.digests = Some(BTreeMap::new());
+        self
     }
 
     /// The folder.
@@ -229,6 +240,9 @@ impl FolderWriter {
         let header = npy::header(dtype.descr(), &region.shape);
         write_file(&path, &[&header, &bytes])?;
         if let Some(shard) = self.manifest.tensors[index].shards.last_mut() {
+            if let Some(digests) = &mut self.digests {
+                digests.insert(shard.file.clone(), blake3::hash(data.bytes()));
+            }
             shard.bytes = Some((header.len() + bytes.len()) as u64);
             shard.blake3 = Some(blake3::Hasher::new().update(&header).update(&bytes).finalize());
         }
@@ -264,7 +278,8 @@ impl FolderWriter {
     /// Commits the folder: the manifest goes to its place, last. Returns the folder.
     ///
     /// # Errors
-    /// A contract that makes no sense, a folder that somebody else committed meanwhile, or a file that cannot be written.
+    /// A contract that makes no sense, a folder that somebody else committed meanwhile, or a file that cannot be written. With
+    /// [`FolderWriter::verified`], also a folder that does not read back as it was handed in; it is uncommitted again.
     pub fn commit(self) -> Result<PathBuf, DumpError> {
         self.manifest.validate(&self.folder.display().to_string())?;
         self.require_uncommitted()?;
@@ -274,7 +289,42 @@ impl FolderWriter {
         // The folders that lead to this one may be new too.
         let new = self.folder.ancestors().take_while(|path| path.starts_with(&self.root));
         new.skip(1).try_for_each(sync_folder)?;
+        if let Some(digests) = &self.digests {
+            self.compare(digests).map_err(|error| self.uncommit(error))?;
+        }
         Ok(self.folder)
+    }
+
+    /// Reads the folder back and compares it with what was handed in.
+    fn compare(&self, digests: &BTreeMap<String, blake3::Hash>) -> Result<(), DumpError> {
+        let read = Manifest::read(&self.folder)?;
+        let altered = |place: &Path| {
+            let found = "it reads back as something else than was written";
+            DumpError::new(DumpErrorKind::RoundTrip, place.display(), found, "what was handed in", "check the disk")
+        };
+        if read != self.manifest {
+            return Err(altered(&self.folder.join(MANIFEST)));
+        }
+        for tensor in &read.tensors {
+            for shard in &tensor.shards {
+                let info = ShardInfo::new(&self.folder, read.id.process_index, shard);
+                let data = info.load(tensor.spec.name, tensor.dtype)?;
+                if digests.get(&shard.file) != Some(&blake3::hash(data.bytes())) {
+                    return Err(altered(&info.path));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn uncommit(&self, error: DumpError) -> DumpError {
+        let state = match fs::remove_file(self.folder.join(MANIFEST)) {
+            Ok(()) => "the folder is uncommitted again",
+            Err(_) => "the folder stays committed: remove its manifest.json",
+        };
+        let (found, expected) = (error.found().to_owned(), error.expected().to_owned());
+        let remedy = format!("check the disk and the memory of this machine; {state}");
+        DumpError::new(DumpErrorKind::RoundTrip, error.place(), found, expected, remedy).caused_by(error)
     }
 }
 
