@@ -18,15 +18,18 @@ mod text;
 mod trainer;
 mod vocabulary;
 
-use batches::Batches;
+use batches::{Batches, IGNORE};
 use clap::Parser;
+use fused_xent::capture::{Capture, CaptureOptions, CaptureSteps};
+use fused_xent::dump::LossSettings;
+use fused_xent::kernels::problem::LossOptions;
 use loss::Fault;
 use random::Random;
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
-use trainer::Trainer;
+use trainer::{Outcome, Trainer};
 use vocabulary::Vocabulary;
 
 /// Train a small causal language model with the fused cross-entropy loss.
@@ -34,8 +37,8 @@ use vocabulary::Vocabulary;
 #[command(name = "train_lm")]
 struct Options {
     /// Training steps
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
-    steps: u32,
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
     /// Seed of the weights, the order of the text and the masks
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -63,6 +66,9 @@ struct Options {
     /// Folder that the captured steps go to
     #[arg(long, value_name = "DIR", requires = "capture_at")]
     dumps: Option<PathBuf>,
+    /// Names the run in its dumps; else the time does
+    #[arg(long, value_name = "NAME")]
+    run_id: Option<String>,
     /// Train with this fault in the loss's backward
     #[arg(long)]
     fault: Option<Fault>,
@@ -82,27 +88,53 @@ fn hidden(text: &str) -> Result<usize, String> {
 /// Text beyond this many bytes is left out.
 const TEXT_LIMIT: usize = 1 << 20;
 
-/// A trainer with the text it trains on.
+/// A trainer with the text it trains on and the capture of its steps.
 struct Training {
     trainer: Trainer,
     batches: Batches,
     microbatches: usize,
+    capture: Option<Capture>,
+    step: u64,
 }
 
 impl Training {
     fn new(options: &Options, documents: &[String]) -> Result<Self, Box<dyn Error>> {
-        let vocabulary = Vocabulary::learn(documents, options.vocab)?;
+        let &Options { steps, seed, hidden, vocab, seq, batch, microbatches, rate, fault, .. } = options;
+        let capture = options.dumps.as_ref().map(|dumps| capture(options, dumps)).transpose()?;
+        if let Some(step) = options.capture_at.iter().find(|&&step| step >= steps) {
+            return Err(format!("--capture-at {step}: the last of {steps} steps is {}", steps - 1).into());
+        }
+        let vocabulary = Vocabulary::learn(documents, vocab)?;
         let documents: Vec<_> = documents.iter().map(|d| vocabulary.encode(d)).collect();
-        let batches = Batches::new(&documents, options.seq, options.batch, Random::new(options.seed + 1))
+        let batches = Batches::new(&documents, seq, batch, Random::new(seed.wrapping_add(1)))
             .ok_or("the text holds no two tokens in a row to learn from")?;
-        let &Options { vocab, seq, hidden, rate, fault, seed, microbatches, .. } = options;
-        Ok(Self { trainer: Trainer::new(vocab, seq, hidden, rate, fault, &mut Random::new(seed)), batches, microbatches })
+        let trainer = Trainer::new(vocab, seq, hidden, rate, fault, &mut Random::new(seed));
+        Ok(Self { trainer, batches, microbatches, capture, step: 0 })
     }
 
-    fn step(&mut self) -> Result<trainer::Outcome, Box<dyn Error>> {
+    fn step(&mut self) -> Result<Outcome, Box<dyn Error>> {
         let microbatches: Vec<_> = (0..self.microbatches).map(|_| self.batches.next()).collect();
-        self.trainer.step(&microbatches)
+        let capture = self.capture.as_ref().map(|c| c.step(self.step)).transpose()?.flatten();
+        self.step += 1;
+        self.trainer.step(&microbatches, capture)
     }
+}
+
+fn capture(options: &Options, dumps: &Path) -> Result<Capture, Box<dyn Error>> {
+    let loss = LossSettings {
+        options: LossOptions { ignore_index: IGNORE.into(), ..LossOptions::default() },
+        reduction: loss::REDUCTION,
+        ..LossSettings::default()
+    };
+    let capture = CaptureOptions {
+        steps: CaptureSteps::At(options.capture_at.clone()),
+        run_id: options.run_id.clone(),
+        loss,
+        num_microbatches: options.microbatches,
+        verify: true,
+        ..CaptureOptions::default()
+    };
+    Ok(Capture::new(dumps, capture)?)
 }
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -122,7 +154,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         last = outcome.loss;
         first.get_or_insert(outcome.loss);
         if step % 10 == 0 || step + 1 == options.steps {
-            let rate = f64::from(step + 1) * step_tokens as f64 / start.elapsed().as_secs_f64();
+            let rate = (step + 1) as f64 * step_tokens as f64 / start.elapsed().as_secs_f64();
             println!(
                 "step {step:5}   loss {:.4}   gradient norm {:.4}   {rate:.0} tokens/s",
                 outcome.loss, outcome.gradient_norm

@@ -89,9 +89,10 @@ impl<F: NdFloat> Weights<F> {
 
     /// Every tensor, in the order of [`Weights::tensors`].
     pub fn tensors_mut(&mut self) -> Vec<&mut Array2<F>> {
-        let blocks = self.blocks.iter_mut().flat_map(|b| {
-            [&mut b.attention_norm, &mut b.qkv, &mut b.out, &mut b.mlp_norm, &mut b.up, &mut b.down]
-        });
+        let blocks = self
+            .blocks
+            .iter_mut()
+            .flat_map(|b| [&mut b.attention_norm, &mut b.qkv, &mut b.out, &mut b.mlp_norm, &mut b.up, &mut b.down]);
         [&mut self.tokens, &mut self.positions, &mut self.norm, &mut self.unembedding].into_iter().chain(blocks).collect()
     }
 
