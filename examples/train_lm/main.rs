@@ -34,7 +34,7 @@ use vocabulary::Vocabulary;
 
 /// Train a small causal language model with the fused cross-entropy loss.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "train_lm")]
+#[command(name = "train_lm", args_override_self = true)]
 struct Options {
     /// Training steps
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]

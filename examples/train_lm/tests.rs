@@ -146,11 +146,12 @@ struct Judged {
 
 fn judge(fault: Option<&str>, microbatches: &str) -> Judged {
     let dumps = tempfile::tempdir().unwrap();
-    let mut more = vec!["--dumps", dumps.path().to_str().unwrap(), "--capture-at", "5", "--microbatches", microbatches];
+    let late = ["--steps", "40", "--rate", "1e-2", "--capture-at", "39"];
+    let mut more = [&["--dumps", dumps.path().to_str().unwrap(), "--microbatches", microbatches], &late[..]].concat();
     more.extend(fault.into_iter().flat_map(|fault| ["--fault", fault]));
     trained(&options(&more));
     let dump = Dump::open(dumps.path()).unwrap();
-    let step = &dump.runs()[0].steps[&5];
+    let step = &dump.runs()[0].steps[&39];
     let loaded: Vec<_> = (0..step.num_microbatches).map(|m| step.problem(m).unwrap()).collect();
     let problems: Vec<_> = loaded.iter().map(|l| l.problem().unwrap()).collect();
     let counts: Vec<_> = problems.iter().map(MicrobatchCounts::of).collect();
