@@ -6,6 +6,7 @@ pub mod capture;
 pub mod cli;
 pub mod diff;
 pub mod dump;
+mod files;
 pub mod report;
 
 /// The README's examples, compiled and run as tests.

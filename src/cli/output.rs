@@ -1,8 +1,9 @@
 //! Where results go: standard output, which may close at any time, and files, which appear whole or not at all.
 
+use crate::files::{folder_of, replace};
 use crate::report::terminal::Style;
 use std::ffi::OsStr;
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -115,56 +116,23 @@ impl Target {
     }
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// A temporary sibling, synced, then renamed. A link is followed; a device or a named pipe is written to as it is.
+/// A link is followed; a device or a named pipe is written to as it is.
 fn write_whole(path: &Path, text: &str) -> io::Result<()> {
     let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     if path.exists() && !path.is_file() {
         return fs::write(&path, text);
     }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".xent-diff-");
-    #[cfg(unix)]
-    builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder_of(&path))?;
-    file.write_all(text.as_bytes())?;
-    file.as_file().sync_all()?;
-    file.persist(&path)?;
-    Ok(())
+    replace(&path, &[text.as_bytes()])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn names(folder: &Path) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
     #[test]
     fn colour_is_for_terminals_that_want_it() {
         assert!(coloured(true, None) && coloured(true, Some(OsStr::new(""))));
         assert!(!coloured(true, Some(OsStr::new("1"))) && !coloured(false, None));
-    }
-
-    #[test]
-    fn a_file_is_replaced_and_nothing_is_left_beside_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("report.json");
-        for text in ["first", "second"] {
-            write_whole(&path, text).unwrap();
-            assert_eq!(fs::read_to_string(&path).unwrap(), text);
-        }
-        assert_eq!(names(folder.path()), ["report.json"]);
     }
 
     #[cfg(unix)]

@@ -6,13 +6,14 @@ use super::names::{ElementType, MANIFEST, ShapeRule, TENSORS, did_you_mean, payl
 use super::npy;
 use super::payload::ShardInfo;
 use super::shards::{Region, elements};
+use crate::files;
 use fused_xent_kernels::problem::{Floats, Layout, Targets};
 use half::{bf16, f16};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use zerocopy::IntoBytes;
 
@@ -328,18 +329,10 @@ impl FolderWriter {
     }
 }
 
-/// Puts `parts` into the file `path` at once: a temporary sibling, synced, then renamed, and the rename synced.
+/// Puts `parts` into the file `path` at once, and syncs that.
 fn write_file(path: &Path, parts: &[&[u8]]) -> Result<(), DumpError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder)?;
-        parts.iter().try_for_each(|part| file.write_all(part))?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|e| DumpError::write(path, e))?;
-    sync_folder(folder)
+    files::replace(path, parts).map_err(|e| DumpError::write(path, e))?;
+    sync_folder(files::folder_of(path))
 }
 
 /// Makes renames within `folder` last. Only Unix can open a folder to sync it.
