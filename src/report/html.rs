@@ -19,6 +19,7 @@ const HEAD: &str = r#"<!doctype html>
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; line-height: 1.4; font-weight: 600; margin: 0 0 .75rem; border-left: .3rem solid; padding-left: .9rem; }
+section + h1, ul + h1 { margin-top: 3rem; } ul { list-style: none; padding: 0; } a { color: inherit; }
 h2 { font-size: 1.1rem; margin: 0; } h3 { font-size: 1rem; margin: 0 0 .4rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1.1rem 1.3rem; margin: 1.2rem 0; }
 article { border-top: 1px solid var(--line); margin-top: 1.1rem; padding-top: 1rem; }
@@ -72,16 +73,30 @@ fn mark(verdict: Verdict) -> String {
 /// The page that shows `reports`, one after the other.
 pub fn render(reports: &[Report]) -> String {
     let mut out = HEAD.to_owned();
-    for report in reports {
-        page(&mut out, report).expect("writing to a string does not fail");
+    if reports.len() > 1 {
+        overview(&mut out, reports).expect("writing to a string does not fail");
+    }
+    for (place, report) in reports.iter().enumerate() {
+        page(&mut out, report, place).expect("writing to a string does not fail");
     }
     out + "</body>\n</html>\n"
 }
 
-fn page(out: &mut String, report: &Report) -> std::fmt::Result {
+/// Which of several dumps diverge, with links to each.
+fn overview(out: &mut String, reports: &[Report]) -> std::fmt::Result {
+    let worst = reports.iter().map(|report| report.verdict).max().unwrap_or(Verdict::Agree);
+    writeln!(out, "<h1 class=\"{}\">{}</h1>\n<ul>", class(worst), summary::how_many(reports))?;
+    for (place, report) in reports.iter().enumerate() {
+        let (mark, path, causes) = (mark(report.verdict), escape(&report.dump.path), escape(&summary::causes(report)));
+        writeln!(out, "<li>{mark} <a href=\"#dump-{place}\"><code>{path}</code></a> <span class=\"soft\">{causes}</span></li>")?;
+    }
+    writeln!(out, "</ul>")
+}
+
+fn page(out: &mut String, report: &Report, place: usize) -> std::fmt::Result {
     let dump = &report.dump;
     let unbroken = summary::headline(report).replace("e-", "e-\u{2060}");
-    writeln!(out, "<h1 class=\"{}\">{}</h1>", class(report.verdict), escape(&unbroken))?;
+    writeln!(out, "<h1 id=\"dump-{place}\" class=\"{}\">{}</h1>", class(report.verdict), escape(&unbroken))?;
     writeln!(out, "<p class=\"soft\"><code>{}</code> · {}</p>", escape(&dump.path), escape(&summary::contents(report)))?;
     for folder in &dump.interrupted {
         writeln!(out, "<p class=\"soft\">Interrupted capture, skipped: <code>{}</code></p>", escape(folder))?;
@@ -116,7 +131,7 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> st
 
 fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     let several = candidate.microbatches.len() > 1;
-    let microbatch = if several { "<th class=\"number\">worst of</th>" } else { "" };
+    let microbatch = if several { "<th class=\"number\">worst (✗ of)</th>" } else { "" };
     let axis: String = summary::AXIS
         .iter()
         .enumerate()
@@ -136,7 +151,7 @@ fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std:
             (Verdict::Diverge, false) => " class=\"first\"",
             (Verdict::Diverge, true) => " class=\"after\"",
         };
-        let at = cell.microbatch.map_or("step".to_owned(), |m| format!("mb {m} ({}/{} ✗)", rung.diverging(), rung.cells.len()));
+        let at = cell.microbatch.map_or("step".to_owned(), |m| format!("mb {m} ({} of {})", rung.diverging(), rung.cells.len()));
         let at = if several { format!("<td class=\"number\">{at}</td>") } else { String::new() };
         writeln!(
             out,
@@ -163,20 +178,23 @@ fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std:
 
 /// Decades above the floor.
 fn bar(tensor: &TensorReport) -> String {
+    if tensor.nonfinite > 0 {
+        return format!(
+            "<svg width=\"{WIDTH}\" height=\"14\"><text x=\"1\" y=\"11\">{} not finite</text></svg>",
+            tensor.nonfinite
+        );
+    }
     let mut grid = String::new();
     for decade in 0..8 {
         let x = f64::from(decade) * DECADE + 0.5;
         grid += &format!("<line x1=\"{x}\" x2=\"{x}\" y1=\"0\" y2=\"14\"/>");
     }
-    let filled = if tensor.nonfinite > 0 {
-        format!("<text x=\"6\" y=\"11\">{} not finite</text>", tensor.nonfinite)
-    } else {
-        let length = (tensor.ratio.log10() * DECADE).clamp(2.0, WIDTH);
-        let length = if length.is_nan() { WIDTH } else { length };
-        let kind = if tensor.verdict == Verdict::Agree { "floor" } else { "bar" };
-        format!("<rect class=\"{kind}\" x=\"0\" y=\"3\" width=\"{length:.1}\" height=\"8\" rx=\"1.5\"/>")
-    };
-    format!("<svg width=\"{WIDTH}\" height=\"14\">{grid}{filled}</svg>")
+    let length = (tensor.ratio.log10() * DECADE).clamp(2.0, WIDTH);
+    let length = if length.is_nan() { WIDTH } else { length };
+    let kind = if tensor.verdict == Verdict::Agree { "floor" } else { "bar" };
+    format!(
+        "<svg width=\"{WIDTH}\" height=\"14\">{grid}<rect class=\"{kind}\" x=\"0\" y=\"3\" width=\"{length:.1}\" height=\"8\" rx=\"1.5\"/></svg>"
+    )
 }
 
 fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {

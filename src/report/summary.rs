@@ -279,6 +279,23 @@ pub(super) fn command(report: &Report, candidate: &CandidateReport) -> String {
     format!("xent-diff {quoted} --step {} --candidate {}", candidate.step, candidate.candidate)
 }
 
+/// How many of several dumps diverge.
+pub(super) fn how_many(reports: &[Report]) -> String {
+    let diverging = reports.iter().filter(|report| report.verdict == Verdict::Diverge).count();
+    format!("{diverging} of {} diverge{}", count(reports.len(), "dump"), if diverging == 1 { "s" } else { "" })
+}
+
+/// The causes found in a dump, each once.
+pub(super) fn causes(report: &Report) -> String {
+    let mut causes: Vec<&str> = Vec::new();
+    for finding in report.candidates.iter().flat_map(|candidate| &candidate.findings) {
+        if !causes.contains(&finding.cause.as_str()) {
+            causes.push(&finding.cause);
+        }
+    }
+    causes.join(", ")
+}
+
 /// What of the dump was judged: runs, processes, steps.
 pub(super) fn contents(report: &Report) -> String {
     let dump = &report.dump;

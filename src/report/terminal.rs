@@ -2,7 +2,7 @@
 
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict};
 use super::summary::{self, Rung};
-use super::text::{Paint, clean, columns, count, pad, scientific, value, wrap};
+use super::text::{Paint, clean, columns, pad, scientific, value, wrap};
 
 /// How a report is set.
 #[derive(Clone, Copy, Debug)]
@@ -204,17 +204,9 @@ fn finding(out: &mut String, finding: &Finding, style: Style) {
 pub fn overview(reports: &[Report], style: Style) -> String {
     let paths: Vec<_> = reports.iter().map(|report| clean(&report.dump.path).into_owned()).collect();
     let width = paths.iter().map(|path| columns(path)).max().unwrap_or(0);
-    let diverging = reports.iter().filter(|report| report.verdict == Verdict::Diverge).count();
-    let verb = if diverging == 1 { "diverges" } else { "diverge" };
-    let mut out = format!("{diverging} of {} {verb}\n", count(reports.len(), "dump"));
+    let mut out = format!("{}\n", summary::how_many(reports));
     for (report, path) in reports.iter().zip(&paths) {
-        let mut causes: Vec<&str> = Vec::new();
-        for finding in report.candidates.iter().flat_map(|candidate| &candidate.findings) {
-            if !causes.contains(&finding.cause.as_str()) {
-                causes.push(&finding.cause);
-            }
-        }
-        let line = format!("  {} {}  {}", style.mark(report.verdict), pad(path, width, false), clean(&causes.join(", ")));
+        let line = format!("  {} {}  {}", style.mark(report.verdict), pad(path, width, false), clean(&summary::causes(report)));
         out += line.trim_end();
         out.push('\n');
     }

@@ -11,7 +11,7 @@ fn the_page_stands_alone() {
     }
     assert!(page.contains("prefers-color-scheme: dark"));
     assert!(page.contains("xent-diff dumps/tiny --step 0 --candidate recorded"));
-    for tag in ["section", "article", "table", "svg", "div", "dl", "p", "h1", "tr", "td", "th"] {
+    for tag in ["section", "article", "table", "svg", "div", "dl", "p", "h1", "tr", "td", "th", "ul", "li", "a"] {
         let opened = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
         assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
     }
@@ -23,7 +23,7 @@ fn the_verdict_comes_first() {
     let page = render(std::slice::from_ref(&report));
     let body = page.split("<body>").nth(1).unwrap().trim_start();
     let body = body.replace('\u{2060}', "");
-    assert!(body.starts_with(&format!("<h1 class=\"agree\">{}", headline(&report))), "{body}");
+    assert!(body.starts_with(&format!("<h1 id=\"dump-0\" class=\"agree\">{}", headline(&report))), "{body}");
 }
 
 #[test]
