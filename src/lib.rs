@@ -2,4 +2,6 @@
 
 pub use fused_xent_kernels as kernels;
 
+pub mod capture;
+pub mod dump;
 pub mod report;
