@@ -14,6 +14,7 @@ pub fn tensor(name: &str, rel_l2: f64, floor: f64) -> TensorReport {
         shape: SHAPE,
         verdict: if diverges { Verdict::Diverge } else { Verdict::Agree },
         reason: diverges.then(|| "the error is above what honest rounding makes".to_owned()),
+        reference_norm: 0.1,
         rel_l2: Some(rel_l2),
         max_abs: rel_l2 / 10.0,
         cosine: Some(1.0 - rel_l2 * rel_l2 / 2.0),
@@ -170,6 +171,7 @@ pub fn nonfinite() -> Report {
     tensors[4].reason = Some("64 elements are not finite".to_owned());
     tensors[4].worst =
         Some(Worst { index: [7, 0], place: "vocab id 7, feature 0".to_owned(), candidate: f64::NAN, reference: 0.0125 });
+    tensors[3].reference_norm = 0.0;
     tensors[3].rel_l2 = None;
     tensors[3].noise_floor = Some(0.0);
     tensors[3].ratio = f64::INFINITY;
