@@ -3,7 +3,6 @@
 //! A kernel is judged against the error that its declared roundings make on the very data at hand, never against a constant.
 
 use crate::problem::DType;
-use half::bf16;
 
 /// The precision in which a value is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,7 +28,7 @@ impl Precision {
             Precision::F16 => DType::F16.round(x),
             Precision::Bf16 => DType::Bf16.round(x),
             Precision::Bf16x2 => {
-                let high = bf16::from_f64(x).to_f64();
+                let high = DType::Bf16.round(x);
                 high + DType::Bf16.round(x - high)
             }
         }

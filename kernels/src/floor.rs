@@ -116,6 +116,17 @@ impl Tolerance {
         (self.l2(rows).powi(2) + 2.0 * (X * spread).sqrt() + 2.0 * X * largest).sqrt()
     }
 
+    /// How much ⟨error, reference⟩ an honest computation may add, before the final rounding and by it, for a reference whose
+    /// rows have the squared norms `rows`: the first may have one sign in all rows, the second is a random sum.
+    pub fn projected(&self, rows: impl Iterator<Item = f64>) -> (f64, f64) {
+        let (mut before, mut rounding) = (0.0, 0.0);
+        for ((squared, e), r) in rows.zip(&self.before).zip(&self.rounding) {
+            before += (e * squared).sqrt();
+            rounding += r * squared;
+        }
+        (before, rounding.sqrt())
+    }
+
     /// What no honest computation exceeds at one element, whose exact value is `reference`.
     pub fn bound(&self, row: usize, column: usize, reference: f64) -> f64 {
         let before = self.bound_rows[row] * self.bound_columns[column];

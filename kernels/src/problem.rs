@@ -40,11 +40,23 @@ impl DType {
     /// `x` rounded once to this type (nearest, ties to even), as f64.
     pub fn round(self, x: f64) -> f64 {
         match self {
-            DType::Bf16 => bf16::from_f64(x).to_f64(),
-            DType::F16 => f16::from_f64(x).to_f64(),
+            DType::Bf16 => bf16::from_f32(round_to_odd(x)).to_f64(),
+            DType::F16 => f16::from_f32(round_to_odd(x)).to_f64(),
             DType::F32 => f64::from(x as f32),
         }
     }
+}
+
+/// `x` in float32, its last bit set if anything was lost: rounding the result to 16 bits is then rounding `x` once.
+///
+/// (`from_f64` of the half crate looks at the upper 32 bits of `x` alone, and takes a number just above a tie for the tie.)
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) == x || !nearest.is_finite() {
+        return nearest;
+    }
+    let away_from_zero = f64::from(nearest).abs() > x.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(away_from_zero)) | 1)
 }
 
 /// A dense float tensor in row-major order, in the dtype it was given in.
@@ -551,4 +563,28 @@ pub enum ProblemError {
         /// One past its last.
         end: usize,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ties, and numbers next to ties by less than float32 can see.
+    #[test]
+    fn rounding_to_16_bits_is_one_rounding() {
+        for (dtype, ulp) in [(DType::Bf16, 2f64.powi(-7)), (DType::F16, 2f64.powi(-10))] {
+            for (steps, down) in [(0.0, true), (1.0, false)] {
+                let low = 1.0 + steps * ulp;
+                let tie = low + ulp / 2.0;
+                let tiny = 2f64.powi(-50);
+                assert_eq!(dtype.round(tie), if down { low } else { low + ulp }, "{dtype:?}: ties go to even");
+                assert_eq!(dtype.round(tie + tiny), low + ulp, "{dtype:?}: just above a tie");
+                assert_eq!(dtype.round(tie - tiny), low, "{dtype:?}: just below a tie");
+                assert_eq!(dtype.round(-tie - tiny), -low - ulp, "{dtype:?}: just beyond a tie, negative");
+            }
+            assert_eq!(dtype.round(0.0), 0.0);
+            assert_eq!(dtype.round(1e300), f64::INFINITY);
+            assert!(dtype.round(f64::NAN).is_nan());
+        }
+    }
 }

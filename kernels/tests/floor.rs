@@ -1,65 +1,13 @@
 //! The floor against honest computations written plainly, and against dishonest ones.
 
+mod support;
+
 use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
-use fused_xent_kernels::floor::Error;
-use fused_xent_kernels::problem::{Inputs, Layout, LossOptions, Problem, Shape};
-use fused_xent_kernels::reference::{self, Cotangents, Gradients};
-use half::bf16;
-use ndarray::{Array2, ArrayView2};
+use fused_xent_kernels::problem::{LossOptions, Shape};
+use fused_xent_kernels::reference::Gradients;
+use ndarray::Array2;
 use proptest::prelude::*;
-
-/// Bell-shaped noise from a counter: enough for test data.
-fn noise(seed: u64, i: usize) -> f64 {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i as u64);
-    (0..12).fold(-6.0, |sum, _| {
-        x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = x;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        sum + ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    })
-}
-
-#[derive(Debug)]
-struct Case {
-    shape: Shape,
-    hidden: Vec<bf16>,
-    unembedding: Vec<bf16>,
-    targets: Vec<i32>,
-    options: LossOptions,
-    g: Vec<f64>,
-}
-
-impl Case {
-    fn new(shape: Shape, spread: f64, options: LossOptions, seed: u64) -> Self {
-        let Shape { tokens, hidden, vocab } = shape;
-        let scale = spread / (hidden as f64).sqrt();
-        let valid = options.valid_vocab.unwrap_or(vocab);
-        let draw =
-            |salt: u64, n: usize, scale: f64| (0..n).map(|i| bf16::from_f64(scale * noise(seed ^ (salt << 32), i))).collect();
-        Self {
-            shape,
-            hidden: draw(1, tokens * hidden, 1.0),
-            unembedding: draw(2, vocab * hidden, scale),
-            targets: (0..tokens).map(|n| if n % 7 == 3 { -100 } else { ((n * n * 31 + n) % valid) as i32 }).collect(),
-            options,
-            g: (0..tokens).map(|n| (1.0 + 0.3 * (n % 5) as f64) / 77.0).collect(),
-        }
-    }
-
-    fn problem(&self) -> Problem<'_> {
-        let inputs = Inputs {
-            hidden: self.hidden[..].into(),
-            unembedding: self.unembedding[..].into(),
-            layout: Layout::Vd,
-            targets: self.targets[..].into(),
-            token_weights: None,
-            shape: self.shape,
-            shard: None,
-        };
-        Problem::new(inputs, self.options).unwrap()
-    }
-}
+use support::{Case, assert_honest, column, judge, truth};
 
 /// How a plain float32 computation rounds beyond float32.
 #[derive(Clone, Copy, Debug)]
@@ -91,8 +39,7 @@ impl Plain {
         let Shape { tokens, hidden: d, vocab } = case.shape;
         let options = &case.options;
         let valid = options.valid_vocab.unwrap_or(vocab);
-        let (q, k) =
-            (|n: usize, i: usize| case.hidden[n * d + i].to_f32(), |v: usize, i: usize| case.unembedding[v * d + i].to_f32());
+        let (q, k) = (|n: usize, i: usize| case.hidden.get(n * d + i), |v: usize, i: usize| case.unembedding.get(v * d + i));
         let mut dlogits = vec![0.0f32; tokens * vocab];
         let mut onehots = vec![0.0f32; tokens];
         let mut per_token = [vec![0.0; tokens], vec![0.0; tokens], vec![0.0; tokens]];
@@ -114,7 +61,7 @@ impl Plain {
             per_token[0][n] = f64::from(lse - (1.0 - smoothing) * z[label] - smoothing * mean + z_loss * lse * lse);
             per_token[1][n] = lse.into();
             per_token[2][n] = z[label].into();
-            let g = case.g[n] as f32;
+            let g = case.cotangents.loss.as_ref().unwrap()[n] as f32;
             for v in 0..valid {
                 let slope =
                     options.logit_scale as f32 * options.logit_softcap.map_or(1.0, |cap| 1.0 - (z[v] / cap as f32).powi(2));
@@ -141,60 +88,6 @@ impl Plain {
         });
         (per_token, d_hidden, d_unembedding)
     }
-}
-
-#[derive(Debug)]
-struct Verdict {
-    /// ‖candidate − reference‖₂ over the floor, and over what no accident exceeds.
-    ratio: f64,
-    of_limit: f64,
-    /// Elements beyond their bound.
-    breaches: usize,
-}
-
-impl Verdict {
-    fn honest(&self) -> bool {
-        (self.ratio <= 1.5 || self.of_limit <= 1.0) && self.breaches == 0
-    }
-}
-
-fn judge(error: &Error, output: Precision, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> Verdict {
-    let tolerance = error.tolerance(reference, output);
-    let deviation = candidate.iter().zip(reference).map(|(c, r)| (c - r).powi(2)).sum::<f64>().sqrt();
-    let beyond = |((row, column), c): ((usize, usize), &f64)| {
-        let truth = reference[[row, column]];
-        (c - truth).abs() > tolerance.bound(row, column, truth)
-    };
-    let rows = 0..reference.nrows();
-    Verdict {
-        ratio: deviation / tolerance.l2(rows.clone()),
-        of_limit: deviation / tolerance.limit(rows),
-        breaches: candidate.indexed_iter().filter(|&e| beyond(e)).count(),
-    }
-}
-
-fn assert_honest(verdict: Verdict) -> Result<(), TestCaseError> {
-    prop_assert!(verdict.honest(), "{verdict:?}");
-    Ok(())
-}
-
-fn column(values: &[f64]) -> ArrayView2<'_, f64> {
-    ArrayView2::from_shape((values.len(), 1), values).unwrap()
-}
-
-struct Truth {
-    forward: reference::Forward,
-    gradients: Gradients,
-    floor: fused_xent_kernels::floor::Floor,
-}
-
-fn truth(case: &Case, contract: Contract) -> Truth {
-    let problem = case.problem();
-    let cotangents = Cotangents { loss: Some(case.g.clone()), ..Cotangents::default() };
-    let forward = reference::forward(&problem).unwrap();
-    let gradients = reference::backward(&problem, &forward.lse, &cotangents).unwrap();
-    let floor = contract.floor(&problem, &forward, &cotangents, &gradients).unwrap();
-    Truth { forward, gradients, floor }
 }
 
 fn contracts() -> Vec<Contract> {

@@ -33,7 +33,7 @@
 //! # }
 //! ```
 
-use crate::dump::{DumpError, DumpErrorKind, Elements, FolderId, FolderWriter, LossSettings, Placement, Region};
+use crate::dump::{DumpError, DumpErrorKind, Elements, FolderId, FolderWriter, LossSettings, Placement, Region, check_contract};
 use fused_xent_kernels::problem::{Floats, Layout, Targets};
 use serde_json::Value;
 use std::collections::hash_map::RandomState;
@@ -102,7 +102,7 @@ impl Capture {
     ///
     /// # Errors
     /// Options that make no sense: no step to capture, a process index beyond the processes, several processes without a
-    /// `run_id` in common, a loss that cannot be computed.
+    /// `run_id` in common, a loss that cannot be computed, an unknown contract.
     pub fn new(root: &Path, options: CaptureOptions) -> Result<Self, DumpError> {
         let CaptureOptions { steps, process_index, process_count, run_id, loss, num_microbatches, contract, verify } = options;
         let unfit = |option: &str, found: &str, expected: &str, remedy: &str| {
@@ -130,7 +130,9 @@ impl Capture {
             process_count,
             loss,
         };
-        id.validate(&format!("capture to {}", root.display()), DumpErrorKind::Settings)?;
+        let place = format!("capture to {}", root.display());
+        id.validate(&place, DumpErrorKind::Settings)?;
+        check_contract(contract.as_ref(), &place)?;
         Ok(Self { root: root.to_owned(), steps, verify, contract, id })
     }
 
@@ -166,7 +168,7 @@ impl Capture {
             writer = writer.verified();
         }
         if let Some(contract) = &self.contract {
-            writer.contract(contract.clone());
+            writer.contract(contract.clone())?;
         }
         Ok(writer)
     }

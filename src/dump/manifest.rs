@@ -410,7 +410,7 @@ fn is_plain_file_name(name: &str) -> bool {
 }
 
 /// A contract names what is rounded to what, in the kernels' own words.
-fn check_contract(contract: Option<&Value>, place: &str) -> Result<(), DumpError> {
+pub(crate) fn check_contract(contract: Option<&Value>, place: &str) -> Result<(), DumpError> {
     let Some(contract) = contract else { return Ok(()) };
     const KNOWN: [&str; 5] = ["logits", "dlogits", "accumulate", "d_hidden", "d_unembedding"];
     const PRECISIONS: [Precision; 5] = [Precision::F64, Precision::F32, Precision::Bf16x2, Precision::F16, Precision::Bf16];

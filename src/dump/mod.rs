@@ -25,6 +25,7 @@ mod write;
 pub use error::{Culprit, DumpError, DumpErrorKind};
 pub use folder::{Folder, TensorInfo};
 pub use manifest::FolderId;
+pub(crate) use manifest::check_contract;
 pub use microbatch::LoadedMicrobatch;
 pub use names::{ElementType, ShapeRule, TENSORS, TensorSpec, tensor_spec};
 pub use payload::ShardInfo;

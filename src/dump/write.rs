@@ -1,7 +1,7 @@
 //! Writing a dump's folders, each committed at once: payload files first, `manifest.json` last.
 
 use super::error::{DumpError, DumpErrorKind};
-use super::manifest::{FolderId, Manifest, ShardEntry, TensorEntry};
+use super::manifest::{FolderId, Manifest, ShardEntry, TensorEntry, check_contract};
 use super::names::{ElementType, MANIFEST, ShapeRule, TENSORS, did_you_mean, payload_file, tensor_spec};
 use super::npy;
 use super::payload::ShardInfo;
@@ -216,35 +216,36 @@ impl FolderWriter {
         if self.manifest.unembedding_from_shared && name == "unembedding" {
             return unfit("it is the shared one already".into(), "one unembedding".into(), "drop one of the two".into());
         }
-        let index = match self.manifest.tensors.iter().position(|t| t.spec == spec) {
-            Some(index) => index,
-            None => {
-                let global_shape = global_shape.clone();
-                self.manifest.tensors.push(TensorEntry { spec, dtype, global_shape, layout: *layout, shards: Vec::new() });
-                self.manifest.tensors.len() - 1
-            }
-        };
-        let entry = &self.manifest.tensors[index];
+        // A copy is extended, checked and kept only when the file is in place: a refused call leaves nothing behind.
+        let mut manifest = self.manifest.clone();
+        let index = manifest.tensors.iter().position(|t| t.spec == spec).unwrap_or(manifest.tensors.len());
+        if index == manifest.tensors.len() {
+            let global_shape = global_shape.clone();
+            manifest.tensors.push(TensorEntry { spec, dtype, global_shape, layout: *layout, shards: Vec::new() });
+        }
+        let entry = &mut manifest.tensors[index];
         if (entry.dtype, &entry.global_shape, entry.layout) != (dtype, global_shape, *layout) {
             let found = format!("{} {global_shape:?}", dtype.name());
             let expected = format!("{} {:?}, as its first shard", entry.dtype.name(), entry.global_shape);
             return unfit(found, expected, "give every shard the same dtype, global_shape and layout".into());
         }
+        let header = npy::header(dtype.descr(), &region.shape);
         let file = payload_file(name, entry.shards.len());
-        let shard = ShardEntry { file, region: region.clone(), replica: *replica, bytes: None, blake3: None };
-        let path = self.folder.join(&shard.file);
-        self.manifest.tensors[index].shards.push(shard);
-        if let Err(e) = self.manifest.validate(&self.folder.display().to_string()) {
+        let path = self.folder.join(&file);
+        entry.shards.push(ShardEntry {
+            file: file.clone(),
+            region: region.clone(),
+            replica: *replica,
+            bytes: Some((header.len() + bytes.len()) as u64),
+            blake3: Some(blake3::Hasher::new().update(&header).update(&bytes).finalize()),
+        });
+        if let Err(e) = manifest.validate(&self.folder.display().to_string()) {
             return Err(DumpError::new(DumpErrorKind::Data, e.place(), e.found(), e.expected(), e.remedy()));
         }
-        let header = npy::header(dtype.descr(), &region.shape);
         write_file(&path, &[&header, &bytes])?;
-        if let Some(shard) = self.manifest.tensors[index].shards.last_mut() {
-            if let Some(digests) = &mut self.digests {
-                digests.insert(shard.file.clone(), blake3::hash(data.bytes()));
-            }
-            shard.bytes = Some((header.len() + bytes.len()) as u64);
-            shard.blake3 = Some(blake3::Hasher::new().update(&header).update(&bytes).finalize());
+        self.manifest = manifest;
+        if let Some(digests) = &mut self.digests {
+            digests.insert(file, blake3::hash(data.bytes()));
         }
         Ok(())
     }
@@ -265,9 +266,14 @@ impl FolderWriter {
     }
 
     /// Declares how the recorded gradients were computed: an object with members `logits`, `dlogits`, `accumulate`, `d_hidden`,
-    /// `d_unembedding`, each a [`Precision`](fused_xent_kernels::contract::Precision) by name. Checked on commit.
-    pub fn contract(&mut self, contract: Value) {
+    /// `d_unembedding`, each a [`Precision`](fused_xent_kernels::contract::Precision) by name.
+    ///
+    /// # Errors
+    /// A member or a precision that nobody knows.
+    pub fn contract(&mut self, contract: Value) -> Result<(), DumpError> {
+        check_contract(Some(&contract), &self.folder.display().to_string())?;
         self.manifest.contract = Some(contract);
+        Ok(())
     }
 
     /// Keeps anything under `extra`.
@@ -278,10 +284,9 @@ impl FolderWriter {
     /// Commits the folder: the manifest goes to its place, last. Returns the folder.
     ///
     /// # Errors
-    /// A contract that makes no sense, a folder that somebody else committed meanwhile, or a file that cannot be written. With
+    /// A folder that somebody else committed meanwhile, or a file that cannot be written. With
     /// [`FolderWriter::verified`], also a folder that does not read back as it was handed in; it is uncommitted again.
     pub fn commit(self) -> Result<PathBuf, DumpError> {
-        self.manifest.validate(&self.folder.display().to_string())?;
         self.require_uncommitted()?;
         let mut text = format!("{:#}", self.manifest.to_json());
         text.push('\n');

@@ -131,6 +131,8 @@ pub struct TensorReport {
     /// Why it diverges, in words; `None` if it agrees.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// ‖reference‖₂.
+    pub reference_norm: f64,
     /// ‖candidate − reference‖₂ / ‖reference‖₂.
     pub rel_l2: Option<f64>,
     /// Largest |candidate − reference|.

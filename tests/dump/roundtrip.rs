@@ -96,7 +96,7 @@ fn every_dtype_comes_back_bit_for_bit() {
     }
     folder.tensor("d_unembedding", Elements::F32(&f32s), &Placement::whole(&[3, 2]).layout(Layout::Dv)).unwrap();
     folder.tensor("targets", Elements::I64(&[i64::MIN, -100]), &Placement::whole(&[2])).unwrap();
-    folder.contract(serde_json::json!({ "dlogits": "bf16" }));
+    folder.contract(serde_json::json!({ "dlogits": "bf16" })).unwrap();
     folder.extra(serde_json::json!({ "git": "abc" }));
     folder.commit().unwrap();
     let dump = Dump::open(root).unwrap();

@@ -1,0 +1,39 @@
+//! What is judged: gradients recorded in a dump, or computed from its inputs by a kernel.
+
+use super::truth::Stage;
+use fused_xent_kernels::contract::{Contract, Precision};
+use ndarray::Array2;
+use std::collections::BTreeMap;
+
+/// The values of one stage.
+#[derive(Clone, Debug)]
+pub struct Values {
+    /// [N, 1], [N, D] or [V, D].
+    pub values: Array2<f64>,
+    /// The precision that they were stored in.
+    pub precision: Precision,
+}
+
+/// Everything that a candidate has for one step.
+#[derive(Clone, Debug)]
+pub struct Produced {
+    /// `recorded`, `cpu`, …
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Per microbatch.
+    pub microbatches: Vec<BTreeMap<Stage, Values>>,
+    /// dK accumulated over the step.
+    pub accumulated: Option<Values>,
+    /// The contracts that it may have kept, strictest first, and how they are known.
+    pub contracts: Vec<Contract>,
+    /// `declared` or `assumed`.
+    pub contract_source: &'static str,
+}
+
+impl Produced {
+    /// Whether there is nothing to compare.
+    pub fn is_empty(&self) -> bool {
+        self.accumulated.is_none() && self.microbatches.iter().all(BTreeMap::is_empty)
+    }
+}

@@ -1,0 +1,277 @@
+//! One tensor against its reference: figures, verdict and the pattern of the error.
+
+use super::truth::{RowsAre, Stage};
+use crate::report::model::{Pattern, TensorReport, Verdict, Worst};
+use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::floor::Tolerance;
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+
+/// The ratio to the floor up to which a tensor agrees.
+pub const RATIO_LIMIT: f64 = 1.5;
+
+/// How sure a fitted factor must be to differ from 1, in standard deviations of honest noise.
+const SCALE_SIGMAS: f64 = 8.0;
+
+/// What the comparison needs to know of a tensor beyond its values.
+pub struct Context<'a> {
+    /// Which stage it is.
+    pub stage: Stage,
+    /// The candidate's precision.
+    pub precision: Precision,
+    /// What is tolerated.
+    pub tolerance: &'a Tolerance,
+    /// Label of every token, `None` where masked, [N]; of all microbatches one after the other for what accumulates.
+    pub labels: &'a [Option<usize>],
+}
+
+/// Judges `candidate` by `reference`, both [rows, columns].
+///
+/// # Panics
+/// If the shapes differ.
+pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> TensorReport {
+    assert_eq!(candidate.dim(), reference.dim(), "one shape");
+    let rows = Rows::new(candidate, reference);
+    let Context { stage, tolerance, .. } = *context;
+    let all = 0..reference.nrows();
+    let (deviation, floor) = (rows.deviation.sum().sqrt(), tolerance.l2(all.clone()));
+    let (norm, candidate_norm) = (rows.reference.sum().sqrt(), rows.candidate.sum().sqrt());
+    let relative = |x: f64| (norm > 0.0).then(|| x / norm);
+    let alpha = (norm > 0.0).then(|| rows.product.sum() / rows.reference.sum());
+    let residual = alpha.map(|alpha| rows.residual(alpha).sum().sqrt() / norm);
+    let ratio = if deviation == 0.0 { 0.0 } else { deviation / floor };
+    let ratio_limit = (tolerance.limit(all) / floor).max(RATIO_LIMIT);
+    let (worst, out_of_bound, nonfinite) = elements(context, candidate, reference);
+    let scale_limit = scale_limit(tolerance, &rows);
+    let scaled = alpha.filter(|alpha| (alpha - 1.0).abs() > scale_limit);
+    let reason = if nonfinite > 0 {
+        Some(format!("{nonfinite} elements are not finite"))
+    } else if ratio > ratio_limit {
+        Some(format!("{ratio:.1} times the floor, where honest rounding stays below {ratio_limit:.1}"))
+    } else if out_of_bound > 0 {
+        Some(format!("{out_of_bound} elements are off by more than any honest rounding can make"))
+    } else {
+        scaled.map(|alpha| format!("a constant factor of {alpha:.6}, where honest rounding keeps to 1 ± {scale_limit:.1e}"))
+    };
+    let pattern = reason.as_ref().map(|_| pattern(context, &rows, alpha, deviation, nonfinite));
+    TensorReport {
+        name: stage.name().into(),
+        shape: [reference.nrows(), reference.ncols()],
+        verdict: if reason.is_some() { Verdict::Diverge } else { Verdict::Agree },
+        reason,
+        reference_norm: norm,
+        rel_l2: relative(deviation),
+        max_abs: worst.as_ref().map_or(0.0, |w| (w.candidate - w.reference).abs()),
+        cosine: (norm * candidate_norm > 0.0).then(|| rows.product.sum() / (norm * candidate_norm)),
+        scale: alpha,
+        residual,
+        noise_floor: relative(floor),
+        ratio,
+        ratio_limit,
+        ulp_p99: ulp_p99(context.precision, candidate, reference),
+        nonfinite,
+        out_of_bound,
+        worst,
+        pattern,
+    }
+}
+
+/// Squared norms and inner products by row, non-finite elements left out.
+struct Rows {
+    deviation: Array1<f64>,
+    reference: Array1<f64>,
+    candidate: Array1<f64>,
+    product: Array1<f64>,
+}
+
+impl Rows {
+    fn new(candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> Self {
+        let sum = |term: fn(f64, f64) -> f64| -> Array1<f64> {
+            let row = |(c, r): (ArrayView1<f64>, ArrayView1<f64>)| {
+                c.iter().zip(r).filter(|(c, _)| c.is_finite()).map(|(&c, &r)| term(c, r)).sum()
+            };
+            candidate.outer_iter().zip(reference.outer_iter()).map(row).collect()
+        };
+        Self { deviation: sum(|c, r| (c - r).powi(2)), reference: sum(|_, r| r * r), candidate: sum(|c, _| c * c), product: sum(|c, r| c * r) }
+    }
+
+    /// ‖candidate − α·reference‖² by row.
+    fn residual(&self, alpha: f64) -> Array1<f64> {
+        (&self.candidate - 2.0 * alpha * &self.product + alpha * alpha * &self.reference).mapv_into(|x| x.max(0.0))
+    }
+}
+
+/// How far honest noise moves the fitted factor from 1.
+///
+/// What a row's error before the final rounding adds to ⟨candidate, reference⟩ may have one sign in all rows (a rounding of
+/// equal values is no noise); final roundings are independent.
+fn scale_limit(tolerance: &Tolerance, rows: &Rows) -> f64 {
+    let norm = rows.reference.sum();
+    if norm == 0.0 {
+        return f64::INFINITY;
+    }
+    let (before, rounding) = tolerance.projected(rows.reference.iter().copied());
+    RATIO_LIMIT * before / norm + SCALE_SIGMAS * rounding / norm
+}
+
+fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> (Option<Worst>, usize, usize) {
+    let (mut out_of_bound, mut nonfinite) = (0, 0);
+    let mut worst: Option<(f64, [usize; 2])> = None;
+    for ((row, column), &c) in candidate.indexed_iter() {
+        let r = reference[[row, column]];
+        if !c.is_finite() {
+            nonfinite += usize::from(r.is_finite());
+            continue;
+        }
+        let deviation = (c - r).abs();
+        if deviation > context.tolerance.bound(row, column, r) {
+            out_of_bound += 1;
+        }
+        if worst.is_none_or(|(largest, _)| deviation > largest) {
+            worst = Some((deviation, [row, column]));
+        }
+    }
+    let worst = worst.map(|(_, index)| Worst {
+        index,
+        place: place(context, index),
+        candidate: candidate[index],
+        reference: reference[index],
+    });
+    (worst, out_of_bound, nonfinite)
+}
+
+fn place(context: &Context, [row, column]: [usize; 2]) -> String {
+    let row = match context.stage.rows_are() {
+        RowsAre::VocabIds => format!("vocab id {row}"),
+        RowsAre::Tokens => match context.labels.get(row).copied().flatten() {
+            Some(label) => format!("token {row} (label {label})"),
+            None => format!("token {row} (masked)"),
+        },
+    };
+    match context.stage {
+        Stage::Loss | Stage::Lse | Stage::LabelLogits => row,
+        _ => format!("{row}, feature {column}"),
+    }
+}
+
+/// 99th percentile of the deviation in units in the last place of the reference.
+fn ulp_p99(precision: Precision, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> f64 {
+    let mut ulps: Vec<f64> = candidate
+        .iter()
+        .zip(reference)
+        .filter(|(c, _)| c.is_finite())
+        .map(|(&c, &r)| (c - r).abs() / ulp(precision, r))
+        .collect();
+    if ulps.is_empty() {
+        return 0.0;
+    }
+    let rank = (ulps.len() - 1) * 99 / 100;
+    *ulps.select_nth_unstable_by(rank, f64::total_cmp).1
+}
+
+/// The spacing of `precision`'s numbers around `x`.
+fn ulp(precision: Precision, x: f64) -> f64 {
+    let smallest_exponent = if precision == Precision::F16 { -14.0 } else { -126.0 };
+    let exponent = if x == 0.0 { smallest_exponent } else { x.abs().log2().floor().max(smallest_exponent) };
+    2.0 * precision.unit_roundoff() * exponent.exp2()
+}
+
+/// A share of the squared error that counts as all of it.
+const NEARLY_ALL: f64 = 0.98;
+
+fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, nonfinite: usize) -> Pattern {
+    let kind = |kind: &str| Pattern { kind: kind.into(), ..Pattern::default() };
+    if nonfinite > 0 {
+        return kind("nonfinite");
+    }
+    let total = rows.deviation.sum();
+    if let Some(alpha) = alpha {
+        let residual = rows.residual(alpha).sum();
+        let share = 1.0 - residual / total;
+        if share > NEARLY_ALL {
+            return Pattern { share, alpha: Some(alpha), ..kind("scale") };
+        }
+    }
+    let silent = |row: usize| rows.candidate[row] == 0.0 && rows.reference[row] > 0.0;
+    let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| silent(row)).collect();
+    let share_of = |set: &[usize]| set.iter().map(|&row| rows.deviation[row]).sum::<f64>() / total;
+    if share_of(&zero) > 0.5 {
+        let first_bad = zero.first().copied().filter(|&first| zero.len() == rows.deviation.len() - first);
+        return Pattern { share: share_of(&zero), rows: ranges(&zero), first_bad, ..kind("zero_rows") };
+    }
+    let per_row: Array1<f64> = rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
+    let row_residual: f64 =
+        (0..per_row.len()).map(|row| (rows.candidate[row] - per_row[row] * rows.product[row]).max(0.0)).sum();
+    let noise = deviation * deviation;
+    if 1.0 - row_residual / noise > NEARLY_ALL {
+        return Pattern { share: 1.0 - row_residual / noise, ..kind("row_scale") };
+    }
+    if context.stage.rows_are() == RowsAre::VocabIds {
+        let mut label_rows: Vec<usize> = context.labels.iter().flatten().copied().collect();
+        label_rows.sort_unstable();
+        label_rows.dedup();
+        let share = share_of(&label_rows);
+        if share > 0.9 && label_rows.len() * 2 < rows.deviation.len() {
+            return Pattern { share, rows: ranges(&label_rows).into_iter().take(MAX_RANGES).collect(), ..kind("label_rows") };
+        }
+    }
+    let bad = rows_that_hold(&rows.deviation, NEARLY_ALL);
+    if bad.len() * 4 < rows.deviation.len() {
+        return Pattern { share: share_of(&bad), rows: ranges(&bad).into_iter().take(MAX_RANGES).collect(), ..kind("rows") };
+    }
+    Pattern { share: 1.0, ..kind("uniform") }
+}
+
+/// Row ranges that a report lists at most.
+const MAX_RANGES: usize = 16;
+
+/// The fewest rows that hold a share of the total, in order.
+fn rows_that_hold(deviation: &Array1<f64>, share: f64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..deviation.len()).collect();
+    order.sort_by(|&a, &b| deviation[b].total_cmp(&deviation[a]));
+    let wanted = share * deviation.sum();
+    let mut held = 0.0;
+    let mut count = 0;
+    while count < order.len() && held < wanted {
+        held += deviation[order[count]];
+        count += 1;
+    }
+    order.truncate(count);
+    order.sort_unstable();
+    order
+}
+
+/// Sorted rows as [start, end) ranges.
+fn ranges(rows: &[usize]) -> Vec<[usize; 2]> {
+    let mut out: Vec<[usize; 2]> = Vec::new();
+    for &row in rows {
+        match out.last_mut() {
+            Some(last) if last[1] == row => last[1] += 1,
+            _ => out.push([row, row + 1]),
+        }
+    }
+    out
+}
+
+/// A dK stored [D, V] as [V, D]; one stored [V, D] as it is.
+pub fn as_vocab_rows(values: Vec<f64>, shape: [usize; 2], transposed: bool) -> Array2<f64> {
+    let stored = if transposed { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
+    let stored = Array2::from_shape_vec(stored, values).expect("as many values as the shape holds");
+    if transposed { stored.reversed_axes().as_standard_layout().into_owned() } else { stored }
+}
+
+/// How far ‖candidate‖₂ of an honest computation may lie from ‖reference‖₂: what its error adds along the reference, and across.
+pub fn norm_tolerance(tolerance: &Tolerance, reference: ArrayView2<f64>) -> f64 {
+    let squared = reference.map_axis(Axis(1), |row| row.dot(&row));
+    let norm = squared.sum().sqrt();
+    let across = RATIO_LIMIT * tolerance.limit(0..reference.nrows());
+    if norm == 0.0 {
+        return across;
+    }
+    let (before, rounding) = tolerance.projected(squared.iter().copied());
+    ((RATIO_LIMIT * before + SCALE_SIGMAS * rounding) / norm + across * across / (2.0 * norm)).min(across)
+}
+
+/// ‖x‖₂.
+pub fn norm(x: ArrayView2<f64>) -> f64 {
+    x.map_axis(Axis(1), |row| row.dot(&row)).sum().sqrt()
+}

@@ -1,0 +1,98 @@
+//! The candidate `cpu`: the fused kernel of this machine, run on the captured inputs.
+
+use super::candidate::{Produced, Values};
+use super::compare::as_vocab_rows;
+use super::truth::{RowsAre, Stage};
+use super::{DiffError, View, problem_error};
+use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::problem::{DType, Layout, Problem, ProblemError};
+use fused_xent_kernels::{Cotangents, GradientMut, Gradients, Kernel};
+use std::collections::BTreeMap;
+
+pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffError> {
+    view.progress.begin(&format!("step {}: running cpu:{}", view.number, kernel.name()), view.judged.len() as u64);
+    let mut microbatches = Vec::new();
+    let mut accumulated: Option<Vec<f32>> = None;
+    for &m in view.judged {
+        let problem = &view.step.microbatches[m].problem;
+        let run = Run { kernel, problem, factor: view.step.own_factor(m) };
+        let located = |e| problem_error(view.number, m, e);
+        microbatches.push(run.stages().map_err(located)?);
+        if view.over_step {
+            let total = accumulated.get_or_insert_with(|| vec![0.0; problem.unembedding().len()]);
+            run.accumulate(view.step.accumulation_factor(), total).map_err(located)?;
+        }
+        view.progress.advance(1);
+    }
+    let problem = &view.step.microbatches[view.judged[0]].problem;
+    Ok(Produced {
+        name: "cpu".into(),
+        description: format!("the fused kernel {} of this machine", kernel.name()),
+        microbatches,
+        accumulated: accumulated.map(|total| values(&total, Stage::AccumulatedDUnembedding, problem)),
+        contracts: vec![kernel.contract(DType::F32, DType::F32)],
+        contract_source: "declared",
+    })
+}
+
+struct Run<'a> {
+    kernel: &'a Kernel,
+    problem: &'a Problem<'a>,
+    /// ∂L/∂ℓ[n] = factor · w[n].
+    factor: f64,
+}
+
+impl Run<'_> {
+    fn stages(&self) -> Result<BTreeMap<Stage, Values>, ProblemError> {
+        let problem = self.problem;
+        let g = self.cotangents(1.0);
+        let (mut dq, mut dk) = (vec![0.0; problem.hidden().len()], vec![0.0; problem.unembedding().len()]);
+        let forward = self.kernel.loss_and_grad(problem, &g, gradients(&mut dq, &mut dk))?;
+        let mut stages = BTreeMap::new();
+        let mut add = |stage, data: &[f32]| stages.insert(stage, values(data, stage, problem));
+        add(Stage::Loss, &forward.loss);
+        add(Stage::Lse, &forward.lse);
+        add(Stage::LabelLogits, &forward.label_logits);
+        add(Stage::DHidden, &dq);
+        add(Stage::DUnembedding, &dk);
+        // The lse part is what a cotangent of lse alone gives; without it only the label part is left.
+        let z_loss = problem.options().z_loss as f32;
+        let of_lse: Vec<f32> = g.iter().zip(&forward.lse).map(|(g, lse)| g * (1.0 + 2.0 * z_loss * lse)).collect();
+        let without: Vec<f32> = of_lse.iter().map(|c| -c).collect();
+        let lse_part = Cotangents { lse: Some(&of_lse), ..Cotangents::default() };
+        let label_part = Cotangents { loss: Some(&g), lse: Some(&without), ..Cotangents::default() };
+        for (cotangents, of_hidden, of_unembedding) in
+            [(lse_part, Stage::DHiddenLse, Stage::DUnembeddingLse), (label_part, Stage::DHiddenLabel, Stage::DUnembeddingLabel)]
+        {
+            self.kernel.backward(problem, &forward.lse, cotangents, gradients(&mut dq, &mut dk))?;
+            add(of_hidden, &dq);
+            add(of_unembedding, &dk);
+        }
+        Ok(stages)
+    }
+
+    /// Adds this microbatch's share of the step's dK to `total`, as training does it.
+    fn accumulate(&self, factor: f64, total: &mut [f32]) -> Result<(), ProblemError> {
+        let d_unembedding = Some(GradientMut::Accumulate(total));
+        self.kernel.loss_and_grad(self.problem, &self.cotangents(factor), Gradients { d_hidden: None, d_unembedding })?;
+        Ok(())
+    }
+
+    fn cotangents(&self, factor: f64) -> Vec<f32> {
+        self.problem.weights().iter().map(|&w| (factor * self.factor * f64::from(w)) as f32).collect()
+    }
+}
+
+fn gradients<'a>(dq: &'a mut [f32], dk: &'a mut [f32]) -> Gradients<'a> {
+    Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) }
+}
+
+fn values(data: &[f32], stage: Stage, problem: &Problem) -> Values {
+    let shape = problem.shape();
+    let of_vocab = stage.rows_are() == RowsAre::VocabIds;
+    let rows = if of_vocab { shape.vocab } else { shape.tokens };
+    let columns = if matches!(stage, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
+    let data = data.iter().map(|&x| f64::from(x)).collect();
+    let transposed = of_vocab && problem.layout() == Layout::Dv;
+    Values { values: as_vocab_rows(data, [rows, columns], transposed), precision: Precision::F32 }
+}

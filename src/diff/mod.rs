@@ -1,0 +1,327 @@
+//! `xent-diff`'s engine: replay a dump's microbatches in float64, compare candidates with the result stage by stage, and
+//! say where they part and why.
+//!
+//! A step goes through [`judge`] microbatch by microbatch: the oracle gives every stage's exact value ([`truth`]), each
+//! candidate its own ([`candidate`]), and [`compare`] judges one by the other against the floor of the contract that the
+//! candidate keeps. What diverges is explained by counterfactual replay ([`explain`]).
+
+pub mod candidate;
+pub mod compare;
+pub mod counterfactual;
+mod cpu;
+mod error;
+pub mod explain;
+pub mod fault;
+pub mod hypotheses;
+mod recorded;
+pub mod truth;
+
+pub use error::DiffError;
+
+use crate::dump::{Dump, LoadedMicrobatch, Run};
+use crate::report::model::{
+    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report, TensorReport,
+    Verdict,
+};
+use candidate::Produced;
+use compare::{Context, compare};
+use counterfactual::{Microbatch, Step};
+use fused_xent_kernels::Kernel;
+use fused_xent_kernels::contract::Contract;
+use fused_xent_kernels::floor::Floor;
+use fused_xent_kernels::problem::Label;
+use std::path::Path;
+use std::str::FromStr;
+use truth::{Accumulated, Stage, Truth, stage_error};
+
+/// What to judge.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Candidates; none means `recorded` where the dump has any, and always `cpu`.
+    pub candidates: Vec<Candidate>,
+    /// Only this step.
+    pub step: Option<u64>,
+    /// Only this microbatch; what accumulates over the step is then left out.
+    pub microbatch: Option<usize>,
+}
+
+/// Who computed the gradients that are judged.
+#[derive(Clone, Debug)]
+pub enum Candidate {
+    /// The training run that wrote the dump.
+    Recorded,
+    /// A kernel of this machine.
+    Cpu(Kernel),
+}
+
+impl FromStr for Candidate {
+    type Err = DiffError;
+
+    /// `recorded`, `cpu` (the best kernel of this machine) or `cpu:NAME`.
+    fn from_str(text: &str) -> Result<Self, DiffError> {
+        let kernel = match text.split_once(':') {
+            None if text == "recorded" => return Ok(Candidate::Recorded),
+            None if text == "cpu" => Some(Kernel::best()),
+            Some(("cpu", name)) => Kernel::by_name(name),
+            _ => None,
+        };
+        kernel.map(Candidate::Cpu).ok_or_else(|| DiffError::UnknownCandidate {
+            found: text.into(),
+            expected: Kernel::available().iter().fold("recorded, cpu".into(), |list, k| format!("{list}, cpu:{}", k.name())),
+        })
+    }
+}
+
+/// Is told how far the work has come.
+pub trait Progress: Sync {
+    /// A piece of work of `steps` steps begins.
+    fn begin(&self, what: &str, steps: u64);
+    /// `n` more steps are done.
+    fn advance(&self, n: u64);
+}
+
+impl Progress for () {
+    fn begin(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+}
+
+/// Judges the dump at `path`.
+///
+/// # Errors
+/// If the dump cannot be read or holds nothing of what `settings` ask for.
+pub fn judge(path: &Path, settings: &Settings, progress: &dyn Progress) -> Result<Report, DiffError> {
+    let dump = Dump::open(path)?;
+    let mut candidates = Vec::new();
+    let mut steps = Vec::new();
+    let mut warnings = dump.warnings().to_vec();
+    for run in dump.runs() {
+        for (&index, step) in &run.steps {
+            if settings.step.is_some_and(|only| only != index) {
+                continue;
+            }
+            candidates.extend(judge_step(run, step, settings, progress, &mut warnings)?);
+            steps.push(index);
+        }
+    }
+    if candidates.is_empty() {
+        let available: Vec<String> = dump.runs().iter().flat_map(|r| r.steps.keys()).map(u64::to_string).collect();
+        return Err(DiffError::NothingToJudge {
+            what: settings.step.map_or("no whole microbatch to judge".into(), |s| format!("no step {s} to judge")),
+            path: path.display().to_string(),
+            available: if available.is_empty() { "no steps".into() } else { format!("steps {}", available.join(", ")) },
+        });
+    }
+    steps.sort_unstable();
+    steps.dedup();
+    Ok(Report {
+        verdict: candidates.iter().map(|c| c.verdict).max().unwrap_or(Verdict::Agree),
+        dump: DumpSummary {
+            path: path.display().to_string(),
+            run_ids: dump.runs().iter().map(|r| r.run_id.clone()).collect(),
+            processes: dump.runs().iter().map(|r| r.process_count).max().unwrap_or(0),
+            steps,
+            interrupted: dump.runs().iter().flat_map(|r| r.interrupted.iter().map(|p| p.display().to_string())).collect(),
+        },
+        candidates,
+        warnings,
+    })
+}
+
+fn judge_step(
+    run: &Run,
+    dumped: &crate::dump::Step,
+    settings: &Settings,
+    progress: &dyn Progress,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<CandidateReport>, DiffError> {
+    let wanted = |m: &usize| settings.microbatch.is_none_or(|only| only == *m);
+    // `global` needs every microbatch's counts, so all are loaded (mapped, not read) even if one is judged.
+    let loaded: Vec<LoadedMicrobatch> = dumped.microbatches.keys().map(|&m| dumped.load(m)).collect::<Result<_, _>>()?;
+    let whole = loaded.len() == dumped.num_microbatches;
+    let judged: Vec<usize> = (0..loaded.len()).filter(|&i| wanted(&loaded[i].index())).collect();
+    let microbatches = loaded
+        .iter()
+        .map(|l| Ok(Microbatch { problem: l.problem()?, targets: l.targets(), index: l.index() }))
+        .collect::<Result<Vec<_>, DiffError>>()?;
+    let step = Step {
+        microbatches,
+        num_microbatches: dumped.num_microbatches,
+        reduction: dumped.loss.reduction,
+        own_carries_step_factor: dumped.loss.microbatch_gradients == crate::dump::MicrobatchGradients::Step,
+    };
+    if !whole {
+        warnings.push(format!(
+            "run {}, step {}: {} of {} microbatches are there; what accumulates over the step is not judged",
+            run.run_id,
+            dumped.step,
+            loaded.len(),
+            dumped.num_microbatches
+        ));
+    }
+    if judged.is_empty() {
+        return Ok(vec![]);
+    }
+    progress.begin(&format!("step {}: replaying the reference", dumped.step), judged.len() as u64);
+    let mut truths: Vec<Option<Truth>> = (0..loaded.len()).map(|_| None).collect();
+    for &m in &judged {
+        truths[m] = Some(Truth::new(&step, m).map_err(|source| problem_error(dumped.step, m, source))?);
+        progress.advance(1);
+    }
+    let over_step = whole && judged.len() == loaded.len();
+    let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
+    let mut produced = Vec::new();
+    let candidates = if settings.candidates.is_empty() {
+        vec![Candidate::Recorded, Candidate::Cpu(Kernel::best())]
+    } else {
+        settings.candidates.clone()
+    };
+    for candidate in &candidates {
+        let made = match candidate {
+            Candidate::Recorded => recorded::produce(dumped, &view)?,
+            Candidate::Cpu(kernel) => cpu::produce(kernel, &view)?,
+        };
+        if !made.is_empty() {
+            produced.push(made);
+        } else if !settings.candidates.is_empty() {
+            warnings.push(format!("run {}, step {}: nothing is recorded to judge", run.run_id, dumped.step));
+        }
+    }
+    produced.iter().map(|p| view.judge(&run.run_id, p)).collect()
+}
+
+fn problem_error(step: u64, microbatch: usize, source: fused_xent_kernels::problem::ProblemError) -> DiffError {
+    DiffError::Problem { place: format!("step {step}, microbatch {microbatch}"), source }
+}
+
+/// One step with its truth.
+struct View<'a> {
+    step: &'a Step<'a>,
+    truths: &'a [Option<Truth>],
+    /// Places in `step.microbatches` that are judged.
+    judged: &'a [usize],
+    /// Whether all of the step's microbatches are judged, so that what accumulates can be.
+    over_step: bool,
+    number: u64,
+    progress: &'a dyn Progress,
+}
+
+impl View<'_> {
+    fn truth(&self, m: usize) -> &Truth {
+        self.truths[m].as_ref().expect("every judged microbatch has its truth")
+    }
+
+    fn floors(&self, contract: &Contract) -> Result<Vec<Floor>, DiffError> {
+        let of = |&m: &usize| self.truth(m).floor(self.step, m, contract).map_err(|e| problem_error(self.number, m, e));
+        self.judged.iter().map(of).collect()
+    }
+
+    /// Judges a candidate under the strictest of its contracts under which it agrees, else under the last.
+    fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
+        let mut report = None;
+        self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
+        for contract in &produced.contracts {
+            let compared = self.compare(run_id, produced, contract)?;
+            self.progress.advance(1);
+            let agrees = compared.verdict == Verdict::Agree;
+            report = Some(compared);
+            if agrees {
+                break;
+            }
+        }
+        let mut report = report.expect("every candidate has a contract");
+        if report.verdict == Verdict::Diverge {
+            let case = explain::Case {
+                step: self.step,
+                judged: self.judged,
+                produced,
+                microbatches: &report.microbatches,
+                accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
+            };
+            report.findings = case.explain(self.progress);
+        }
+        Ok(report)
+    }
+
+    fn compare(&self, run_id: &str, produced: &Produced, contract: &Contract) -> Result<CandidateReport, DiffError> {
+        let floors = self.floors(contract)?;
+        let mut total: Option<Accumulated> = None;
+        let mut microbatches = Vec::new();
+        let mut all_labels = Vec::new();
+        for ((&m, floor), stages) in self.judged.iter().zip(&floors).zip(&produced.microbatches) {
+            let problem = &self.step.microbatches[m].problem;
+            let labels: Vec<Option<usize>> = problem
+                .labels()
+                .iter()
+                .map(|l| if let Label::Column(label) = l { Some(*label as usize) } else { None })
+                .collect();
+            let outcome = &self.truth(m).outcome;
+            let tensors = stages
+                .iter()
+                .map(|(&stage, values)| {
+                    let reference = outcome.stage(stage);
+                    let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
+                    let context = Context { stage, precision: values.precision, tolerance: &tolerance, labels: &labels };
+                    compare(&context, values.values.view(), reference.view())
+                })
+                .collect();
+            if produced.accumulated.is_some() {
+                Accumulated::add(&mut total, self.step, m, &outcome.stage(Stage::DUnembedding), &floor.unembedding.sum);
+            }
+            microbatches.push(MicrobatchReport {
+                microbatch: self.step.microbatches[m].index,
+                tokens: labels.len(),
+                valid_tokens: labels.iter().flatten().count(),
+                tensors,
+            });
+            all_labels.extend(labels);
+        }
+        let accumulated = produced.accumulated.as_ref().zip(total).map(|(values, total)| {
+            let tolerance = total.tolerance(values.precision);
+            let stage = Stage::AccumulatedDUnembedding;
+            let context = Context { stage, precision: values.precision, tolerance: &tolerance, labels: &all_labels };
+            let tensor = compare(&context, values.values.view(), total.value.view());
+            let grad_norm = grad_norm(values, &total, &tolerance);
+            AccumulatedReport { tensors: vec![tensor], grad_norm: Some(grad_norm) }
+        });
+        let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
+        let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
+        Ok(CandidateReport {
+            candidate: produced.name.clone(),
+            description: produced.description.clone(),
+            run_id: run_id.into(),
+            step: self.number,
+            verdict: if first_divergence.is_some() || norm_diverges { Verdict::Diverge } else { Verdict::Agree },
+            contract: ContractReport {
+                source: produced.contract_source,
+                dlogits: contract.dlogits.name(),
+                accumulate: contract.accumulate.name(),
+                d_hidden: contract.d_hidden.name(),
+                d_unembedding: contract.d_unembedding.name(),
+            },
+            microbatches,
+            accumulated,
+            first_divergence,
+            findings: vec![],
+        })
+    }
+}
+
+fn grad_norm(values: &candidate::Values, total: &Accumulated, tolerance: &fused_xent_kernels::floor::Tolerance) -> GradNorm {
+    let (candidate, reference) = (compare::norm(values.values.view()), compare::norm(total.value.view()));
+    let tolerance = compare::norm_tolerance(tolerance, total.value.view());
+    let agrees = (candidate - reference).abs() <= tolerance;
+    GradNorm { candidate, reference, tolerance, verdict: if agrees { Verdict::Agree } else { Verdict::Diverge } }
+}
+
+/// The first rung that breaks: by stage, then by microbatch; what accumulates comes last.
+fn first_divergence(microbatches: &[MicrobatchReport], accumulated: Option<&AccumulatedReport>) -> Option<Divergence> {
+    let diverges = |t: &&TensorReport| t.verdict == Verdict::Diverge;
+    let of_microbatches = Stage::OF_A_MICROBATCH.iter().find_map(|stage| {
+        let here = |m: &&MicrobatchReport| m.tensors.iter().filter(diverges).any(|t| t.name == stage.name());
+        microbatches.iter().find(here).map(|m| Divergence { microbatch: Some(m.microbatch), stage: stage.name().into() })
+    });
+    of_microbatches.or_else(|| {
+        let tensor = accumulated?.tensors.iter().find(diverges)?;
+        Some(Divergence { microbatch: None, stage: tensor.name.clone() })
+    })
+}

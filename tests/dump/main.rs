@@ -1,0 +1,8 @@
+//! Reading and writing dumps.
+
+mod errors;
+mod fuzz;
+mod numpy;
+mod roundtrip;
+mod states;
+mod support;
