@@ -22,7 +22,9 @@ use batches::{Batches, IGNORE};
 use clap::Parser;
 use fused_xent::capture::{Capture, CaptureOptions, CaptureSteps};
 use fused_xent::dump::LossSettings;
-use fused_xent::kernels::problem::LossOptions;
+use fused_xent::kernels::Kernel;
+use fused_xent::kernels::contract::{Contract, Precision};
+use fused_xent::kernels::problem::{DType, LossOptions};
 use loss::Fault;
 use random::Random;
 use std::error::Error;
@@ -120,17 +122,25 @@ impl Training {
     }
 }
 
+/// A capture that declares the loss that training means to compute and the roundings of the kernel that computes it.
 fn capture(options: &Options, dumps: &Path) -> Result<Capture, Box<dyn Error>> {
     let loss = LossSettings {
         options: LossOptions { ignore_index: IGNORE.into(), ..LossOptions::default() },
         reduction: loss::REDUCTION,
         ..LossSettings::default()
     };
+    let Contract { logits, dlogits, accumulate, d_hidden, d_unembedding, .. } = Kernel::best().contract(DType::Bf16, DType::Bf16);
+    let [logits, dlogits, accumulate, d_hidden, d_unembedding] =
+        [logits, dlogits, accumulate, d_hidden, d_unembedding].map(Precision::name);
+    let contract = serde_json::json!({
+        "logits": logits, "dlogits": dlogits, "accumulate": accumulate, "d_hidden": d_hidden, "d_unembedding": d_unembedding
+    });
     let capture = CaptureOptions {
         steps: CaptureSteps::At(options.capture_at.clone()),
         run_id: options.run_id.clone(),
         loss,
         num_microbatches: options.microbatches,
+        contract: Some(contract),
         verify: true,
         ..CaptureOptions::default()
     };

@@ -89,7 +89,9 @@ fn training(options: &Options) -> Training {
 /// The weights after all steps.
 fn trained(options: &Options) -> Weights<f32> {
     let mut training = training(options);
-    (0..options.steps).for_each(|_| drop(training.step().unwrap()));
+    for _ in 0..options.steps {
+        training.step().unwrap();
+    }
     training.trainer.weights
 }
 

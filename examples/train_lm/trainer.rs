@@ -7,6 +7,7 @@ use crate::model::Weights;
 use crate::random::Random;
 use fused_xent::capture::{MicrobatchInputs, MicrobatchOutputs, StepCapture};
 use fused_xent::dump::Elements;
+use fused_xent::kernels::Kernel;
 use fused_xent::kernels::problem::{Floats, Inputs, Layout, LossOptions, Problem, Shape, Targets};
 use fused_xent::kernels::reduction::{MicrobatchCounts, Microbatches, StepReduction};
 use half::bf16;
@@ -16,6 +17,7 @@ use std::error::Error;
 /// A model in training.
 pub struct Trainer {
     pub weights: Weights<f32>,
+    kernel: Kernel,
     adam: Adam,
     fault: Option<Fault>,
 }
@@ -32,7 +34,7 @@ impl Trainer {
     /// Random weights: V ids, sequences of T positions, D features.
     pub fn new(vocab: usize, sequence: usize, d: usize, rate: f32, fault: Option<Fault>, random: &mut Random) -> Self {
         let weights = Weights::random(vocab, sequence, d, random);
-        Self { adam: Adam::new(&weights, rate), weights, fault }
+        Self { kernel: Kernel::best(), adam: Adam::new(&weights, rate), weights, fault }
     }
 
     /// Trains on the microbatches of one step. `capture` writes what the loss is given and returns, and changes none of it:
@@ -77,13 +79,13 @@ impl Trainer {
                 }
                 None => None,
             };
-            let result = loss::loss_and_grad(&problem, &g, self.fault)?;
-            step_loss += REDUCTION.own_factor(&counts, m) * result.loss.iter().map(|&l| f64::from(l)).sum::<f64>();
+            let result = loss::loss_and_grad(&self.kernel, &problem, &g, self.fault)?;
+            step_loss += REDUCTION.own_factor(&counts, m) * result.forward.loss.iter().map(|&l| f64::from(l)).sum::<f64>();
             if let Some(mut recording) = recording {
                 recording.outputs(&MicrobatchOutputs {
-                    loss: Some(&result.loss),
-                    lse: Some(&result.lse),
-                    label_logits: Some(&result.label_logits),
+                    loss: Some(&result.forward.loss),
+                    lse: Some(&result.forward.lse),
+                    label_logits: Some(&result.forward.label_logits),
                     d_hidden: Some(Elements::Bf16(&result.d_hidden)),
                     d_unembedding: Some(Elements::Bf16(&to_bf16(&result.d_unembedding))),
                 })?;
