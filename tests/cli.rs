@@ -65,7 +65,7 @@ fn a_wrong_call_is_refused() {
     refused(at, &[], "Usage");
     refused(at, &["--bogus"], "--bogus");
     refused(at, &["empty", "--threads", "0"], "--threads");
-    refused(at, &["empty", "--step", "-1"], "--step");
+    refused(at, &["empty", "--step", "x"], "--step");
     refused(at, &["empty", "--candidate", "gpu"], "unknown candidate");
     refused(at, &["empty", "--json", "-", "--html", "-"], "standard output");
     refused(at, &["empty", "--json", "no/report.json"], "does not exist");

@@ -91,7 +91,12 @@ impl Rows {
             };
             candidate.outer_iter().zip(reference.outer_iter()).map(row).collect()
         };
-        Self { deviation: sum(|c, r| (c - r).powi(2)), reference: sum(|_, r| r * r), candidate: sum(|c, _| c * c), product: sum(|c, r| c * r) }
+        Self {
+            deviation: sum(|c, r| (c - r).powi(2)),
+            reference: sum(|_, r| r * r),
+            candidate: sum(|c, _| c * c),
+            product: sum(|c, r| c * r),
+        }
     }
 
     /// ‖candidate − α·reference‖² by row.
@@ -198,9 +203,9 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
         let first_bad = zero.first().copied().filter(|&first| zero.len() == rows.deviation.len() - first);
         return Pattern { share: share_of(&zero), rows: ranges(&zero), first_bad, ..kind("zero_rows") };
     }
-    let per_row: Array1<f64> = rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
-    let row_residual: f64 =
-        (0..per_row.len()).map(|row| (rows.candidate[row] - per_row[row] * rows.product[row]).max(0.0)).sum();
+    let per_row: Array1<f64> =
+        rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
+    let row_residual: f64 = (0..per_row.len()).map(|row| (rows.candidate[row] - per_row[row] * rows.product[row]).max(0.0)).sum();
     let noise = deviation * deviation;
     if 1.0 - row_residual / noise > NEARLY_ALL {
         return Pattern { share: 1.0 - row_residual / noise, ..kind("row_scale") };

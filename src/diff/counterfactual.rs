@@ -255,7 +255,11 @@ impl Counterfactual {
         let factor = self.own_factor(step, m);
         let g = self.cotangents(problem, factor);
         let mut out = Outcome {
-            forward: Forward { loss: vec![0.0; shape.tokens], lse: vec![0.0; shape.tokens], label_logits: vec![0.0; shape.tokens] },
+            forward: Forward {
+                loss: vec![0.0; shape.tokens],
+                lse: vec![0.0; shape.tokens],
+                label_logits: vec![0.0; shape.tokens],
+            },
             gradients: Gradients::zeros(shape),
         };
         let mut dk_chunk = self.dk_sum.map(|_| Array2::zeros((shape.vocab, shape.hidden)));
@@ -409,8 +413,7 @@ impl Counterfactual {
         });
         let repeat = if let LabelPlace::Repeated(shards) = self.label { shards as f64 } else { 1.0 };
         let column = place.filter(|&c| takes_part && self.vocab_end.is_none_or(|end| c < end));
-        let mut value =
-            column.map_or(0.0, |c| -g * (1.0 - smoothing) * repeat * slope(z[c], self.no_softcap_derivative.1));
+        let mut value = column.map_or(0.0, |c| -g * (1.0 - smoothing) * repeat * slope(z[c], self.no_softcap_derivative.1));
         let lses = self.backward_lse(forward.lse, z.slice(s![..valid]));
         let shard = valid.div_ceil(lses.len());
         for (v, z) in z.iter_mut().enumerate() {
@@ -420,7 +423,8 @@ impl Counterfactual {
             }
             let logit = self.backward_logits.round(*z);
             let p = (logit - lses[v / shard]).exp();
-            let (lse_slope, label_slope) = (slope(logit, self.no_softcap_derivative.0), slope(logit, self.no_softcap_derivative.1));
+            let (lse_slope, label_slope) =
+                (slope(logit, self.no_softcap_derivative.0), slope(logit, self.no_softcap_derivative.1));
             *z = if self.p_minus_one_bf16 {
                 if Some(v) == column {
                     value = 0.0;

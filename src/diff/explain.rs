@@ -120,8 +120,11 @@ impl Case<'_> {
             return None;
         }
         // Among equal fits the most specific fault is named.
-        let (place, &(fault, fit)) =
-            fits.iter().enumerate().take_while(|(_, (_, f))| f.left <= best.left * EQUAL).min_by_key(|(_, (f, _))| f.is_generic())?;
+        let (place, &(fault, fit)) = fits
+            .iter()
+            .enumerate()
+            .take_while(|(_, (_, f))| f.left <= best.left * EQUAL)
+            .min_by_key(|(_, (f, _))| f.is_generic())?;
         let equal = |f: &Fit| f.left <= fit.left * EQUAL || (f.worst <= 1.0 && f.left <= fit.left * CLEARLY);
         let mut same: Vec<String> = Vec::new();
         for (other, _) in fits.iter().filter(|(o, f)| o.slug() != fault.slug() && equal(f)) {
@@ -202,7 +205,9 @@ impl Case<'_> {
                 first.name,
                 m.map_or("the step".to_owned(), |m| format!("microbatch {m}")),
             ),
-            remedy: "look for 0/0 where all tokens are masked, −∞ − (−∞) in masked columns, and overflow of exp without its maximum".into(),
+            remedy:
+                "look for 0/0 where all tokens are masked, −∞ − (−∞) in masked columns, and overflow of exp without its maximum"
+                    .into(),
             runner_up: None,
             indistinguishable_from: vec![],
         }
@@ -214,7 +219,12 @@ impl Case<'_> {
             .filter(|(_, t)| t.verdict == Verdict::Diverge)
             .map(|(m, t)| {
                 let pattern = t.pattern.as_ref().map_or("uniform", |p| &p.kind);
-                format!("{}{} ({pattern}, {:.1} × floor)", t.name, m.map_or(String::new(), |m| format!(" of microbatch {m}")), t.ratio)
+                format!(
+                    "{}{} ({pattern}, {:.1} × floor)",
+                    t.name,
+                    m.map_or(String::new(), |m| format!(" of microbatch {m}")),
+                    t.ratio
+                )
             })
             .collect();
         Finding {

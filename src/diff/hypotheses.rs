@@ -37,7 +37,10 @@ pub fn hypotheses(observed: &Observed) -> Vec<Fault> {
 impl Observed<'_> {
     fn could_explain(&self, touches: Touches) -> bool {
         let diverges = |stages: &[Stage]| {
-            self.microbatches.iter().flat_map(|m| &m.tensors).any(|t| t.verdict == Verdict::Diverge && stages.iter().any(|s| s.name() == t.name))
+            self.microbatches
+                .iter()
+                .flat_map(|m| &m.tensors)
+                .any(|t| t.verdict == Verdict::Diverge && stages.iter().any(|s| s.name() == t.name))
         };
         let (forward, hidden, unembedding) = (
             [Stage::Loss, Stage::Lse, Stage::LabelLogits],
@@ -79,10 +82,18 @@ impl Observed<'_> {
                 let mut counts: Vec<usize> = counts.chain(by_width).collect();
                 counts.sort_unstable();
                 counts.dedup_by_key(|tiles| shape.vocab.div_ceil(*tiles));
-                counts.into_iter().flat_map(|tiles| [true, false].map(|parts_rounded| Fault::DqAccumulateBf16 { tiles, parts_rounded })).collect()
+                counts
+                    .into_iter()
+                    .flat_map(|tiles| [true, false].map(|parts_rounded| Fault::DqAccumulateBf16 { tiles, parts_rounded }))
+                    .collect()
             }
             Fault::VocabPadUnmasked { .. } => {
-                let mut pads: Vec<usize> = TILES.iter().map(|t| shape.vocab.div_ceil(*t) * t - shape.vocab).chain([8, 16, 32, 64, 128, 256]).filter(|&p| p > 0).collect();
+                let mut pads: Vec<usize> = TILES
+                    .iter()
+                    .map(|t| shape.vocab.div_ceil(*t) * t - shape.vocab)
+                    .chain([8, 16, 32, 64, 128, 256])
+                    .filter(|&p| p > 0)
+                    .collect();
                 pads.sort_unstable();
                 pads.dedup();
                 pads.into_iter().map(|pad| Fault::VocabPadUnmasked { pad }).collect()
@@ -103,12 +114,12 @@ impl Observed<'_> {
                     indices.into_iter().map(move |index| Fault::LseTileMissing { tile, index })
                 })
                 .collect(),
-            Fault::LabelTileEdge { .. } => TILES
-                .iter()
-                .filter(|&&tile| tile < shape.vocab)
-                .map(|&tile| Fault::LabelTileEdge { tile })
-                .collect(),
-            Fault::IgnoredLeak { .. } if masked => vec![Fault::IgnoredLeak { label_zero: false }, Fault::IgnoredLeak { label_zero: true }],
+            Fault::LabelTileEdge { .. } => {
+                TILES.iter().filter(|&&tile| tile < shape.vocab).map(|&tile| Fault::LabelTileEdge { tile }).collect()
+            }
+            Fault::IgnoredLeak { .. } if masked => {
+                vec![Fault::IgnoredLeak { label_zero: false }, Fault::IgnoredLeak { label_zero: true }]
+            }
             Fault::IgnoredLeak { .. } => vec![],
             Fault::MeanOverAllTokens => when(masked && mean),
             Fault::MeanOfMeans => when(several && mean && step.reduction.microbatches == Microbatches::Global),
@@ -133,12 +144,12 @@ impl Observed<'_> {
             Fault::ZlossGradientMissing => when(options.z_loss > 0.0),
             Fault::LabelSmoothingIgnored => when(options.label_smoothing > 0.0),
             Fault::LogitScaleIgnored => when(options.logit_scale != LossOptions::default().logit_scale),
-            Fault::DqNotReduced { .. } => {
-                shards(shape.vocab).flat_map(|shards| (0..shards).map(move |shard| Fault::DqNotReduced { shards, shard })).collect()
-            }
-            Fault::DkNotReduced { .. } => {
-                shards(shape.tokens).flat_map(|shards| (0..shards).map(move |shard| Fault::DkNotReduced { shards, shard })).collect()
-            }
+            Fault::DqNotReduced { .. } => shards(shape.vocab)
+                .flat_map(|shards| (0..shards).map(move |shard| Fault::DqNotReduced { shards, shard }))
+                .collect(),
+            Fault::DkNotReduced { .. } => shards(shape.tokens)
+                .flat_map(|shards| (0..shards).map(move |shard| Fault::DkNotReduced { shards, shard }))
+                .collect(),
             Fault::LocalLse { .. } => shards(shape.vocab).map(|shards| Fault::LocalLse { shards }).collect(),
             Fault::LabelPerShard { .. } => shards(shape.vocab).map(|shards| Fault::LabelPerShard { shards }).collect(),
             other => vec![other],

@@ -20,8 +20,8 @@ pub use error::DiffError;
 
 use crate::dump::{Dump, LoadedMicrobatch, Run};
 use crate::report::model::{
-    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report, TensorReport,
-    Verdict,
+    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
+    TensorReport, Verdict,
 };
 use candidate::Produced;
 use compare::{Context, compare};

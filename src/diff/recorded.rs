@@ -23,11 +23,8 @@ pub(super) fn produce(dumped: &Step, view: &View) -> Result<Produced, DiffError>
         microbatches.push(stages);
     }
     let shape = view.step.microbatches[view.judged[0]].problem.shape();
-    let accumulated = if view.over_step {
-        load(&dumped.shared, "d_unembedding", Stage::AccumulatedDUnembedding, shape)?
-    } else {
-        None
-    };
+    let accumulated =
+        if view.over_step { load(&dumped.shared, "d_unembedding", Stage::AccumulatedDUnembedding, shape)? } else { None };
     let precision = |stage: Stage| {
         let of = |stages: &BTreeMap<Stage, Values>| stages.get(&stage).map(|v: &Values| v.precision);
         microbatches.iter().find_map(of)

@@ -150,7 +150,7 @@ pub fn headline(report: &Report) -> String {
         return match closest(report) {
             Some((tensors, closest)) => {
                 let names = agree(&names(Verdict::Agree, &[]));
-                format!("{names} in all of {}; closest to its limit is {closest}.", count(tensors, "tensor"))
+                format!("{names} over {}; closest to its limit is {closest}.", count(tensors, "tensor"))
             }
             None => "nothing was compared: there is no microbatch that is whole.".to_owned(),
         };
@@ -252,18 +252,28 @@ pub(super) fn observation(candidate: &CandidateReport, rungs: &[Rung]) -> Option
 
 fn pattern_words(pattern: &Pattern) -> String {
     const SHOWN: usize = 4;
-    let mut text = format!("The error lies as {} ({} of its square)", pattern.kind.replace('_', " "), percent(pattern.share));
+    let how = match pattern.kind.as_str() {
+        "uniform" => "is spread evenly",
+        "rows" => "lies in some rows",
+        "label_rows" => "lies in the rows of labels",
+        "zero_rows" => "is that rows are zero",
+        "scale" => "is a constant factor",
+        "row_scale" => "is a factor per row",
+        "nonfinite" => "is that values are not finite",
+        other => other,
+    };
+    let mut text = format!("The error {how} ({} of its square)", percent(pattern.share));
     if let Some(alpha) = pattern.alpha {
-        text += &format!(", factor {}", value(alpha));
+        text += &format!(", α = {}", value(alpha));
     }
     if let Some(first) = pattern.first_bad {
-        text += &format!(", from row {first} on");
+        text += &format!(", all from row {first} on");
     } else if !pattern.rows.is_empty() {
         let range = |[start, end]: &[usize; 2]| {
             if start + 1 == *end { start.to_string() } else { format!("{start}–{}", end.saturating_sub(1)) }
         };
         let ranges: Vec<String> = pattern.rows.iter().take(SHOWN).map(range).collect();
-        text += &format!(", in rows {}", ranges.join(", "));
+        text += &format!(": {}", ranges.join(", "));
         if pattern.rows.len() > SHOWN {
             text += &format!(" and {} more", count(pattern.rows.len() - SHOWN, "range"));
         }
