@@ -3,5 +3,6 @@
 pub use fused_xent_kernels as kernels;
 
 pub mod capture;
+pub mod diff;
 pub mod dump;
 pub mod report;

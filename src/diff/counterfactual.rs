@@ -236,6 +236,20 @@ pub struct Outcome {
     pub gradients: Gradients,
 }
 
+/// Which gradients a replay computes; the others stay 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// dQ.
+    pub d_hidden: bool,
+    /// dK.
+    pub d_unembedding: bool,
+}
+
+impl Wanted {
+    /// Both.
+    pub const ALL: Self = Self { d_hidden: true, d_unembedding: true };
+}
+
 fn bf16(x: f64) -> f64 {
     Precision::Bf16.round(x)
 }
@@ -249,13 +263,17 @@ struct TokenLabel {
 
 impl Counterfactual {
     /// Replays microbatch `m` of `step`: its own gradients, as a dump records them.
-    pub fn replay(&self, step: &Step, m: usize) -> Outcome {
+    pub fn replay(&self, step: &Step, m: usize, wanted: Wanted) -> Outcome {
         let Microbatch { problem, targets, .. } = &step.microbatches[m];
         let shape = problem.shape();
         let factor = self.own_factor(step, m);
         let g = self.cotangents(problem, factor);
         let mut out = Outcome {
-            forward: Forward { loss: vec![0.0; shape.tokens], lse: vec![0.0; shape.tokens], label_logits: vec![0.0; shape.tokens] },
+            forward: Forward {
+                loss: vec![0.0; shape.tokens],
+                lse: vec![0.0; shape.tokens],
+                label_logits: vec![0.0; shape.tokens],
+            },
             gradients: Gradients::zeros(shape),
         };
         let mut dk_chunk = self.dk_sum.map(|_| Array2::zeros((shape.vocab, shape.hidden)));
@@ -276,7 +294,12 @@ impl Counterfactual {
                 }
             }
             let labels: Vec<TokenLabel> = tokens.iter().map(|t| t.label).collect();
-            self.d_hidden(problem, rows.clone(), &z, &labels, &mut out.gradients);
+            if wanted.d_hidden {
+                self.d_hidden(problem, rows.clone(), &z, &labels, &mut out.gradients);
+            }
+            if !wanted.d_unembedding {
+                continue;
+            }
             match &mut dk_chunk {
                 None => self.d_unembedding(problem, rows.clone(), &g, &z, &mut out.gradients.unembedding.lse),
                 Some(chunk) => {
@@ -409,8 +432,7 @@ impl Counterfactual {
         });
         let repeat = if let LabelPlace::Repeated(shards) = self.label { shards as f64 } else { 1.0 };
         let column = place.filter(|&c| takes_part && self.vocab_end.is_none_or(|end| c < end));
-        let mut value =
-            column.map_or(0.0, |c| -g * (1.0 - smoothing) * repeat * slope(z[c], self.no_softcap_derivative.1));
+        let mut value = column.map_or(0.0, |c| -g * (1.0 - smoothing) * repeat * slope(z[c], self.no_softcap_derivative.1));
         let lses = self.backward_lse(forward.lse, z.slice(s![..valid]));
         let shard = valid.div_ceil(lses.len());
         for (v, z) in z.iter_mut().enumerate() {
@@ -420,7 +442,8 @@ impl Counterfactual {
             }
             let logit = self.backward_logits.round(*z);
             let p = (logit - lses[v / shard]).exp();
-            let (lse_slope, label_slope) = (slope(logit, self.no_softcap_derivative.0), slope(logit, self.no_softcap_derivative.1));
+            let (lse_slope, label_slope) =
+                (slope(logit, self.no_softcap_derivative.0), slope(logit, self.no_softcap_derivative.1));
             *z = if self.p_minus_one_bf16 {
                 if Some(v) == column {
                     value = 0.0;

@@ -2,6 +2,7 @@
 
 use super::counterfactual::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, Step, TokenFactor};
 use super::error::DiffError;
+use super::truth::Stage;
 use fused_xent_kernels::contract::Precision;
 use serde_json::{Map, Value};
 
@@ -220,6 +221,21 @@ pub struct Touches {
     pub accumulated: bool,
 }
 
+impl Touches {
+    /// Everything.
+    pub const ALL: Self = Self { forward: true, d_hidden: true, d_unembedding: true, accumulated: true };
+
+    /// Whether it can change that stage.
+    pub fn stage(self, stage: Stage) -> bool {
+        match stage {
+            Stage::Loss | Stage::Lse | Stage::LabelLogits => self.forward,
+            Stage::DHidden | Stage::DHiddenLse | Stage::DHiddenLabel => self.d_hidden,
+            Stage::DUnembedding | Stage::DUnembeddingLse | Stage::DUnembeddingLabel => self.d_unembedding,
+            Stage::AccumulatedDUnembedding => self.accumulated,
+        }
+    }
+}
+
 impl Fault {
     /// What the catalogue says of it.
     pub fn entry(&self) -> &'static Entry {
@@ -246,9 +262,8 @@ impl Fault {
     pub fn parse(text: &str) -> Result<Self, DiffError> {
         let (slug, parameters) = text.split_once(':').unwrap_or((text, ""));
         let Some(entry) = CATALOGUE.iter().find(|e| e.slug == slug) else {
-            let nearest = CATALOGUE.iter().max_by(|a, b| {
-                strsim::jaro_winkler(a.slug, slug).total_cmp(&strsim::jaro_winkler(b.slug, slug))
-            });
+            let nearest =
+                CATALOGUE.iter().max_by(|a, b| strsim::jaro_winkler(a.slug, slug).total_cmp(&strsim::jaro_winkler(b.slug, slug)));
             return Err(DiffError::UnknownFault { found: slug.into(), nearest: nearest.map_or("", |e| e.slug) });
         };
         let mut fault = entry.example;
@@ -270,7 +285,7 @@ impl Fault {
         let whole = value as usize;
         let count = value.fract() == 0.0 && value >= 1.0;
         match (self, name) {
-            (Fault::DkAccumulateBf16 { chunks: field, .. } , "chunks")
+            (Fault::DkAccumulateBf16 { chunks: field, .. }, "chunks")
             | (Fault::DqAccumulateBf16 { tiles: field, .. }, "tiles")
             | (Fault::VocabPadUnmasked { pad: field }, "pad")
             | (
@@ -341,9 +356,11 @@ impl Fault {
     pub fn touches(&self) -> Touches {
         let [forward, d_hidden, d_unembedding] = match self {
             Fault::LabelLogitBf16 | Fault::LossSubtractBf16 => [true, false, false],
-            Fault::LogitsBf16Forward | Fault::LogitsBf16Both | Fault::VocabPadUnmasked { .. } | Fault::LseTileMissing { .. } | Fault::ValidVocabIgnored => {
-                [true, true, true]
-            }
+            Fault::LogitsBf16Forward
+            | Fault::LogitsBf16Both
+            | Fault::VocabPadUnmasked { .. }
+            | Fault::LseTileMissing { .. }
+            | Fault::ValidVocabIgnored => [true, true, true],
             Fault::LabelScatterBf16
             | Fault::LabelGradRounded
             | Fault::DkPartsRounded
@@ -351,7 +368,9 @@ impl Fault {
             | Fault::DkAccumulateBf16 { .. }
             | Fault::DkCotangentMissing { .. }
             | Fault::DkNotReduced { .. } => [false, false, true],
-            Fault::DqAccumulateBf16 { .. } | Fault::DqCotangentMissing { .. } | Fault::DqNotReduced { .. } => [false, true, false],
+            Fault::DqAccumulateBf16 { .. } | Fault::DqCotangentMissing { .. } | Fault::DqNotReduced { .. } => {
+                [false, true, false]
+            }
             Fault::DkAccumulateBf16OverMicrobatches | Fault::NotAveragedOverMicrobatches { .. } | Fault::LastMicrobatchOnly => {
                 [false, false, false]
             }

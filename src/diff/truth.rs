@@ -109,9 +109,8 @@ impl Outcome {
     /// # Panics
     /// If the stage is the step's.
     pub fn stage(&self, stage: Stage) -> Cow<'_, Array2<f64>> {
-        let column = |values: &[f64]| {
-            Cow::Owned(ArrayView2::from_shape((values.len(), 1), values).expect("one column").to_owned())
-        };
+        let column =
+            |values: &[f64]| Cow::Owned(ArrayView2::from_shape((values.len(), 1), values).expect("one column").to_owned());
         match stage {
             Stage::Loss => column(&self.forward.loss),
             Stage::Lse => column(&self.forward.lse),
