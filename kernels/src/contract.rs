@@ -50,6 +50,14 @@ impl Precision {
         self.unit_roundoff() > Precision::Bf16x2.unit_roundoff()
     }
 
+    /// Every precision, the widest first.
+    pub const ALL: [Precision; 5] = [Precision::F64, Precision::F32, Precision::Bf16x2, Precision::F16, Precision::Bf16];
+
+    /// The precision of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|p| p.name() == name)
+    }
+
     /// The name used in manifests and reports.
     pub fn name(self) -> &'static str {
         match self {

@@ -30,10 +30,3 @@ pub struct Produced {
     /// `declared` or `assumed`.
     pub contract_source: &'static str,
 }
-
-impl Produced {
-    /// Whether there is nothing to compare.
-    pub fn is_empty(&self) -> bool {
-        self.accumulated.is_none() && self.microbatches.iter().all(BTreeMap::is_empty)
-    }
-}

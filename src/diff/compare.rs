@@ -200,8 +200,10 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
     let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| silent(row)).collect();
     let share_of = |set: &[usize]| set.iter().map(|&row| rows.deviation[row]).sum::<f64>() / total;
     if share_of(&zero) > 0.5 {
-        let first_bad = zero.first().copied().filter(|&first| zero.len() == rows.deviation.len() - first);
-        return Pattern { share: share_of(&zero), rows: ranges(&zero), first_bad, ..kind("zero_rows") };
+        // Rows that are 0 by right (masked tokens) may stand before the first that is not.
+        let tail = (0..rows.candidate.len()).rev().take_while(|&row| rows.candidate[row] == 0.0).last();
+        let first_bad = tail.filter(|&tail| zero.first().is_some_and(|&first| tail <= first));
+        return Pattern { share: share_of(&zero), rows: shown(&zero), first_bad, ..kind("zero_rows") };
     }
     let per_row: Array1<f64> =
         rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
@@ -216,12 +218,12 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
         label_rows.dedup();
         let share = share_of(&label_rows);
         if share > 0.9 && label_rows.len() * 2 < rows.deviation.len() {
-            return Pattern { share, rows: ranges(&label_rows).into_iter().take(MAX_RANGES).collect(), ..kind("label_rows") };
+            return Pattern { share, rows: shown(&label_rows), ..kind("label_rows") };
         }
     }
     let bad = rows_that_hold(&rows.deviation, NEARLY_ALL);
     if bad.len() * 4 < rows.deviation.len() {
-        return Pattern { share: share_of(&bad), rows: ranges(&bad).into_iter().take(MAX_RANGES).collect(), ..kind("rows") };
+        return Pattern { share: share_of(&bad), rows: shown(&bad), ..kind("rows") };
     }
     Pattern { share: 1.0, ..kind("uniform") }
 }
@@ -245,8 +247,8 @@ fn rows_that_hold(deviation: &Array1<f64>, share: f64) -> Vec<usize> {
     order
 }
 
-/// Sorted rows as [start, end) ranges.
-fn ranges(rows: &[usize]) -> Vec<[usize; 2]> {
+/// Sorted rows as [start, end) ranges, as many as a report lists.
+fn shown(rows: &[usize]) -> Vec<[usize; 2]> {
     let mut out: Vec<[usize; 2]> = Vec::new();
     for &row in rows {
         match out.last_mut() {
@@ -254,6 +256,7 @@ fn ranges(rows: &[usize]) -> Vec<[usize; 2]> {
             _ => out.push([row, row + 1]),
         }
     }
+    out.truncate(MAX_RANGES);
     out
 }
 

@@ -236,6 +236,20 @@ pub struct Outcome {
     pub gradients: Gradients,
 }
 
+/// Which gradients a replay computes; the others stay 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// dQ.
+    pub d_hidden: bool,
+    /// dK.
+    pub d_unembedding: bool,
+}
+
+impl Wanted {
+    /// Both.
+    pub const ALL: Self = Self { d_hidden: true, d_unembedding: true };
+}
+
 fn bf16(x: f64) -> f64 {
     Precision::Bf16.round(x)
 }
@@ -249,7 +263,7 @@ struct TokenLabel {
 
 impl Counterfactual {
     /// Replays microbatch `m` of `step`: its own gradients, as a dump records them.
-    pub fn replay(&self, step: &Step, m: usize) -> Outcome {
+    pub fn replay(&self, step: &Step, m: usize, wanted: Wanted) -> Outcome {
         let Microbatch { problem, targets, .. } = &step.microbatches[m];
         let shape = problem.shape();
         let factor = self.own_factor(step, m);
@@ -280,7 +294,12 @@ impl Counterfactual {
                 }
             }
             let labels: Vec<TokenLabel> = tokens.iter().map(|t| t.label).collect();
-            self.d_hidden(problem, rows.clone(), &z, &labels, &mut out.gradients);
+            if wanted.d_hidden {
+                self.d_hidden(problem, rows.clone(), &z, &labels, &mut out.gradients);
+            }
+            if !wanted.d_unembedding {
+                continue;
+            }
             match &mut dk_chunk {
                 None => self.d_unembedding(problem, rows.clone(), &g, &z, &mut out.gradients.unembedding.lse),
                 Some(chunk) => {

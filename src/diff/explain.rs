@@ -7,8 +7,8 @@
 
 use super::Progress;
 use super::candidate::{Produced, Values};
-use super::counterfactual::{Counterfactual, Step};
-use super::fault::Fault;
+use super::counterfactual::{Counterfactual, Outcome, Step, Wanted};
+use super::fault::{Fault, Touches};
 use super::hypotheses::{Observed, hypotheses};
 use super::truth::Stage;
 use crate::report::model::{Confidence, Finding, MicrobatchReport, RunnerUp, TensorReport, Verdict};
@@ -39,37 +39,105 @@ pub struct Case<'a> {
     pub accumulated: Option<&'a TensorReport>,
 }
 
-/// How well a computation fits the candidate.
-#[derive(Clone, Copy, Debug)]
-struct Fit {
-    /// Σ ‖candidate − computed‖² / ‖reference‖² over the diverging stages.
+/// How well a computation fits one tensor of the candidate.
+#[derive(Clone, Copy, Debug, Default)]
+struct TensorFit {
+    /// ‖candidate − computed‖² / ‖reference‖²; of a tensor that agrees, only what exceeds its limit.
     left: f64,
-    /// The largest ratio to the floor that is left in any stage, over what that stage allows.
-    worst: f64,
-    /// The largest ratio to the floor.
+    /// ‖candidate − computed‖ over the floor.
     ratio: f64,
+    /// The same over what the tensor's verdict allows.
+    of_limit: f64,
+}
+
+/// How well a computation fits the candidate, tensor by tensor.
+#[derive(Clone, Debug)]
+struct Fit {
+    /// Per judged microbatch, in the order of its tensors.
+    microbatches: Vec<Vec<TensorFit>>,
+    accumulated: Option<TensorFit>,
+}
+
+impl Fit {
+    fn all(&self) -> impl Iterator<Item = &TensorFit> {
+        self.microbatches.iter().flatten().chain(&self.accumulated)
+    }
+
+    fn left(&self) -> f64 {
+        self.all().map(|t| t.left).sum()
+    }
+
+    fn left_in(&self, place: usize) -> f64 {
+        self.microbatches[place].iter().map(|t| t.left).sum()
+    }
+
+    fn ratio(&self) -> f64 {
+        self.all().map(|t| t.ratio).fold(0.0, f64::max)
+    }
+
+    fn at_floor(&self) -> bool {
+        self.all().all(|t| t.of_limit <= 1.0)
+    }
 }
 
 impl Case<'_> {
-    fn fit(&self, computation: &Counterfactual) -> Fit {
-        let mut fit = Fit { left: 0.0, worst: 0.0, ratio: 0.0 };
+    /// How `computation` fits. Where it does not touch a tensor, the fit is that of `otherwise`.
+    fn fit(&self, computation: &Counterfactual, touches: Touches, otherwise: Option<&Fit>) -> Fit {
         let mut total: Option<Array2<f64>> = None;
-        for ((&m, stages), report) in self.judged.iter().zip(&self.produced.microbatches).zip(self.microbatches) {
-            let outcome = computation.replay(self.step, m);
-            for (stage, values) in stages {
-                if let Some(tensor) = report.tensors.iter().find(|t| t.name == stage.name()) {
-                    fit.add(tensor, values, &outcome.stage(*stage));
-                }
-            }
-            if self.accumulated.is_some() {
+        let of_step = self.accumulated.filter(|_| touches.accumulated);
+        let wanted = Wanted { d_hidden: touches.d_hidden, d_unembedding: touches.d_unembedding || of_step.is_some() };
+        let mut microbatches = Vec::new();
+        for (place, &m) in self.judged.iter().enumerate() {
+            let outcome = computation.replay(self.step, m, wanted);
+            if of_step.is_some() {
                 let own = outcome.stage(Stage::DUnembedding);
                 computation.accumulate(self.step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
             }
+            microbatches.push(self.fit_microbatch(place, &outcome, touches, otherwise));
         }
-        if let (Some(values), Some(tensor), Some(total)) = (&self.produced.accumulated, self.accumulated, &total) {
-            fit.add(tensor, values, total);
-        }
-        fit
+        let accumulated = match (&self.produced.accumulated, of_step, &total) {
+            (Some(values), Some(tensor), Some(total)) => Some(TensorFit::new(tensor, values, total)),
+            _ => otherwise.and_then(|o| o.accumulated),
+        };
+        Fit { microbatches, accumulated }
+    }
+
+    fn fit_microbatch(&self, place: usize, outcome: &Outcome, touches: Touches, otherwise: Option<&Fit>) -> Vec<TensorFit> {
+        let stages = self.produced.microbatches[place].iter().zip(&self.microbatches[place].tensors);
+        stages
+            .enumerate()
+            .map(|(i, ((&stage, values), tensor))| match otherwise {
+                Some(fit) if !touches.stage(stage) => fit.microbatches[place][i],
+                _ => TensorFit::new(tensor, values, &outcome.stage(stage)),
+            })
+            .collect()
+    }
+
+    /// Those of `faults` that explain a good part of what is left where most is left, judged by that microbatch alone.
+    fn promising(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit, progress: &dyn Progress) -> Vec<Fault> {
+        const GOOD_PART: f64 = 0.6;
+        const AT_LEAST: usize = 4;
+        let place = (0..self.judged.len()).max_by(|&a, &b| current.left_in(a).total_cmp(&current.left_in(b)));
+        let Some(place) = place.filter(|&place| current.left_in(place) > 0.0) else { return faults };
+        let mut rated: Vec<(f64, Fault)> = faults
+            .into_par_iter()
+            .map(|fault| {
+                let mut computation = *applied;
+                fault.apply(&mut computation, self.step);
+                let touches = fault.touches();
+                let wanted = Wanted { d_hidden: touches.d_hidden, d_unembedding: touches.d_unembedding };
+                progress.advance(1);
+                if !touches.forward && !touches.d_hidden && !touches.d_unembedding {
+                    return (0.0, fault);
+                }
+                let outcome = computation.replay(self.step, self.judged[place], wanted);
+                let fits = self.fit_microbatch(place, &outcome, touches, Some(current));
+                (fits.iter().map(|t| t.left).sum::<f64>() / current.left_in(place), fault)
+            })
+            .collect();
+        rated.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let keep = rated.iter().take_while(|(left, _)| *left <= GOOD_PART).count().max(AT_LEAST);
+        rated.into_iter().take(keep).map(|(_, fault)| fault).collect()
     }
 
     fn observed(&self) -> Observed<'_> {
@@ -81,33 +149,35 @@ impl Case<'_> {
         if self.nonfinite() {
             return vec![self.nonfinite_finding()];
         }
-        let base = self.fit(&Counterfactual::default());
+        let base = self.fit(&Counterfactual::default(), Touches::ALL, None);
         let mut findings: Vec<Finding> = Vec::new();
-        let (mut applied, mut current) = (Counterfactual::default(), base);
+        let (mut applied, mut current) = (Counterfactual::default(), base.clone());
         let mut named: Vec<&str> = Vec::new();
-        while findings.len() < MOST_FAULTS && current.worst > 1.0 {
-            let candidates: Vec<Fault> =
-                hypotheses(&self.observed()).into_iter().filter(|f| !named.contains(&f.slug())).collect();
-            progress.begin("testing faults of the catalogue", candidates.len() as u64);
-            let mut fits: Vec<(Fault, Fit)> = candidates
+        while findings.len() < MOST_FAULTS && !current.at_floor() {
+            let mut faults = hypotheses(&self.observed());
+            faults.retain(|f| !named.contains(&f.slug()));
+            progress.begin("testing the catalogue's faults", faults.len() as u64);
+            let faults = self.promising(faults, &applied, &current, progress);
+            progress.begin("comparing the best of them", faults.len() as u64);
+            let mut fits: Vec<(Fault, Fit)> = faults
                 .par_iter()
                 .map(|fault| {
                     let mut computation = applied;
                     fault.apply(&mut computation, self.step);
-                    let fit = if computation == applied { current } else { self.fit(&computation) };
+                    let fit = self.fit(&computation, fault.touches(), Some(&current));
                     progress.advance(1);
                     (*fault, fit)
                 })
                 .collect();
-            fits.sort_by(|a, b| a.1.left.total_cmp(&b.1.left));
-            let Some(finding) = self.name(&fits, &base, &current, findings.len() + 1) else { break };
-            let (fault, fit) = fits[finding.1];
+            fits.sort_by(|a, b| a.1.left().total_cmp(&b.1.left()));
+            let Some((finding, place)) = self.name(&fits, &base, &current, findings.len() + 1) else { break };
+            let (fault, fit) = fits.swap_remove(place);
             fault.apply(&mut applied, self.step);
             named.push(fault.slug());
             current = fit;
-            findings.push(finding.0);
+            findings.push(finding);
         }
-        if current.worst > 1.0 {
+        if !current.at_floor() {
             findings.push(self.unknown(&base, &current, findings.len() + 1));
         }
         findings
@@ -115,17 +185,18 @@ impl Case<'_> {
 
     /// The finding that the best fit makes, if it is good enough, and its place among `fits`, which come best first.
     fn name(&self, fits: &[(Fault, Fit)], base: &Fit, current: &Fit, rank: usize) -> Option<(Finding, usize)> {
-        let best = fits.first()?.1;
-        if 1.0 - best.left / current.left < NAMED {
+        let best = fits.first()?.1.left();
+        if 1.0 - best / current.left() < NAMED {
             return None;
         }
         // Among equal fits the most specific fault is named.
-        let (place, &(fault, fit)) = fits
+        let (place, (fault, fit)) = fits
             .iter()
             .enumerate()
-            .take_while(|(_, (_, f))| f.left <= best.left * EQUAL)
+            .take_while(|(_, (_, f))| f.left() <= best * EQUAL)
             .min_by_key(|(_, (f, _))| f.is_generic())?;
-        let equal = |f: &Fit| f.left <= fit.left * EQUAL || (f.worst <= 1.0 && f.left <= fit.left * CLEARLY);
+        let left = fit.left();
+        let equal = |f: &Fit| f.left() <= left * EQUAL || (f.at_floor() && f.left() <= left * CLEARLY);
         let mut same: Vec<String> = Vec::new();
         for (other, _) in fits.iter().filter(|(o, f)| o.slug() != fault.slug() && equal(f)) {
             if !same.contains(&other.slug().to_owned()) {
@@ -133,51 +204,37 @@ impl Case<'_> {
             }
         }
         let runner_up = fits.iter().find(|(other, _)| other.slug() != fault.slug() && !same.contains(&other.slug().to_owned()));
-        let clear = runner_up.is_none_or(|(_, other)| other.left >= fit.left * CLEARLY);
-        let at_floor = fit.worst <= 1.0;
-        if !clear && !at_floor {
+        let clear = runner_up.is_none_or(|(_, other)| other.left() >= left * CLEARLY);
+        if !clear && !fit.at_floor() {
             return None;
         }
-        let alone = |fit: &Fit| 1.0 - fit.left / base.left;
-        let confidence = match (at_floor, clear && same.is_empty()) {
+        let alone = |fit: &Fit| 1.0 - fit.left() / base.left();
+        let confidence = match (fit.at_floor(), clear && same.is_empty()) {
             (true, true) => Confidence::Certain,
             (_, true) => Confidence::Likely,
             _ => Confidence::Possible,
         };
         let explained = if rank == 1 {
-            alone(&fit)
+            alone(fit)
         } else {
             let mut only = Counterfactual::default();
             fault.apply(&mut only, self.step);
-            alone(&self.fit(&only))
+            alone(&self.fit(&only, fault.touches(), Some(base)))
         };
         let finding = Finding {
             rank,
             cause: fault.slug().into(),
             title: fault.entry().title.into(),
             explained,
-            remaining_ratio: fit.ratio,
+            remaining_ratio: fit.ratio(),
             confidence,
-            parameters: parameters(&fault, &fit, fits),
-            evidence: self.evidence(&fault, &fit, current, runner_up),
+            parameters: parameters(fault, left, fits),
+            evidence: evidence(fault, fit, current, runner_up),
             remedy: fault.entry().remedy.into(),
             runner_up: runner_up.map(|(other, fit)| RunnerUp { cause: other.slug().into(), explained: alone(fit) }),
             indistinguishable_from: same,
         };
         Some((finding, place))
-    }
-
-    fn evidence(&self, fault: &Fault, fit: &Fit, before: &Fit, runner_up: Option<&(Fault, Fit)>) -> String {
-        let mut text = format!(
-            "applied to the reference on this very data, it removes {:.2} % of the squared deviation: from {:.1} times the floor to {:.2}",
-            100.0 * (1.0 - fit.left / before.left),
-            before.ratio,
-            fit.ratio,
-        );
-        if let Some((other, other_fit)) = runner_up {
-            text += &format!("; the next best, {}, leaves {:.1} times the floor", other.slug(), other_fit.ratio);
-        }
-        text + &format!(". Such a fault leaves: {}", fault.entry().leaves_behind)
     }
 
     fn nonfinite(&self) -> bool {
@@ -232,12 +289,12 @@ impl Case<'_> {
             cause: "unknown".into(),
             title: "no fault of the catalogue explains this".into(),
             explained: 0.0,
-            remaining_ratio: current.ratio,
+            remaining_ratio: current.ratio(),
             confidence: Confidence::Possible,
             parameters: Map::new(),
             evidence: format!(
                 "{:.1} % of the squared deviation is left by the best explanation; it lies in {}",
-                100.0 * current.left / base.left,
+                100.0 * current.left() / base.left(),
                 diverging.join(", ")
             ),
             remedy: "record the inner stages (lse, label logits, the parts of dQ and dK) to see where it enters".into(),
@@ -247,8 +304,8 @@ impl Case<'_> {
     }
 }
 
-impl Fit {
-    fn add(&mut self, tensor: &TensorReport, Values { values: candidate, precision }: &Values, computed: &Array2<f64>) {
+impl TensorFit {
+    fn new(tensor: &TensorReport, Values { values: candidate, precision }: &Values, computed: &Array2<f64>) -> Self {
         let deviation = candidate.iter().zip(computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
         let norm = |x: &Array2<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         // A reference of 0 has no floor but a final rounding's; the candidate gives the size.
@@ -256,29 +313,46 @@ impl Fit {
             Some(floor) => (tensor.reference_norm, floor * tensor.reference_norm),
             None => (norm(candidate), precision.unit_roundoff() * norm(candidate)),
         };
-        if tensor.verdict == Verdict::Diverge {
-            self.left += (deviation / size).powi(2);
+        if deviation == 0.0 || size == 0.0 {
+            return Self::default();
         }
+        let excess = match tensor.verdict {
+            Verdict::Diverge => deviation,
+            Verdict::Agree => (deviation - tensor.ratio_limit * floor).max(0.0),
+        };
         // A gradient that a fault scales carries a floor scaled alike.
         let ratio = deviation / (floor * (norm(computed) / size).max(SMALLEST_SCALE));
-        self.ratio = self.ratio.max(ratio);
-        self.worst = self.worst.max(ratio / tensor.ratio_limit);
+        Self { left: (excess / size).powi(2), ratio, of_limit: ratio / tensor.ratio_limit }
     }
 }
 
 /// How far a floor shrinks with the gradient.
 const SMALLEST_SCALE: f64 = 1e-3;
 
+fn evidence(fault: &Fault, fit: &Fit, before: &Fit, runner_up: Option<&(Fault, Fit)>) -> String {
+    let mut text = format!(
+        "applied to the reference on this very data, it removes {:.2} % of the squared deviation: from {:.1} times the floor to {:.2}",
+        100.0 * (1.0 - fit.left() / before.left()),
+        before.ratio(),
+        fit.ratio(),
+    );
+    if let Some((other, other_fit)) = runner_up {
+        text += &format!("; the next best, {}, leaves {:.1} times the floor", other.slug(), other_fit.ratio());
+    }
+    text + &format!(". Such a fault leaves: {}", fault.entry().leaves_behind)
+}
+
 /// The fault's parameters; where other values fit as well, those too.
-fn parameters(fault: &Fault, fit: &Fit, fits: &[(Fault, Fit)]) -> Map<String, Value> {
+fn parameters(fault: &Fault, left: f64, fits: &[(Fault, Fit)]) -> Map<String, Value> {
     let mut out = fault.parameters();
     let alike: Vec<Map<String, Value>> = fits
         .iter()
-        .filter(|(f, other)| f.slug() == fault.slug() && other.left <= fit.left * EQUAL)
+        .filter(|(f, other)| f.slug() == fault.slug() && other.left() <= left * EQUAL)
         .map(|(f, _)| f.parameters())
         .collect();
     for name in out.keys().cloned().collect::<Vec<_>>() {
         let mut values: Vec<Value> = alike.iter().filter_map(|p| p.get(&name).cloned()).collect();
+        values.sort_by(|a, b| a.as_f64().partial_cmp(&b.as_f64()).unwrap_or(std::cmp::Ordering::Equal));
         values.dedup();
         if values.len() > 1 {
             out.insert(format!("{name}_candidates"), Value::Array(values));

@@ -2,6 +2,7 @@
 
 use super::counterfactual::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, Step, TokenFactor};
 use super::error::DiffError;
+use super::truth::Stage;
 use fused_xent_kernels::contract::Precision;
 use serde_json::{Map, Value};
 
@@ -218,6 +219,21 @@ pub struct Touches {
     pub d_unembedding: bool,
     /// The accumulated dK.
     pub accumulated: bool,
+}
+
+impl Touches {
+    /// Everything.
+    pub const ALL: Self = Self { forward: true, d_hidden: true, d_unembedding: true, accumulated: true };
+
+    /// Whether it can change that stage.
+    pub fn stage(self, stage: Stage) -> bool {
+        match stage {
+            Stage::Loss | Stage::Lse | Stage::LabelLogits => self.forward,
+            Stage::DHidden | Stage::DHiddenLse | Stage::DHiddenLabel => self.d_hidden,
+            Stage::DUnembedding | Stage::DUnembeddingLse | Stage::DUnembeddingLabel => self.d_unembedding,
+            Stage::AccumulatedDUnembedding => self.accumulated,
+        }
+    }
 }
 
 impl Fault {

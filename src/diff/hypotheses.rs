@@ -7,6 +7,7 @@ use super::truth::Stage;
 use crate::report::model::{MicrobatchReport, TensorReport, Verdict};
 use fused_xent_kernels::problem::{Label, LossOptions};
 use fused_xent_kernels::reduction::{Microbatches, Reduction};
+use std::ops::RangeInclusive;
 
 /// What was seen of a candidate.
 pub struct Observed<'a> {
@@ -36,20 +37,8 @@ pub fn hypotheses(observed: &Observed) -> Vec<Fault> {
 
 impl Observed<'_> {
     fn could_explain(&self, touches: Touches) -> bool {
-        let diverges = |stages: &[Stage]| {
-            self.microbatches
-                .iter()
-                .flat_map(|m| &m.tensors)
-                .any(|t| t.verdict == Verdict::Diverge && stages.iter().any(|s| s.name() == t.name))
-        };
-        let (forward, hidden, unembedding) = (
-            [Stage::Loss, Stage::Lse, Stage::LabelLogits],
-            [Stage::DHidden, Stage::DHiddenLse, Stage::DHiddenLabel],
-            [Stage::DUnembedding, Stage::DUnembeddingLse, Stage::DUnembeddingLabel],
-        );
-        (touches.forward && diverges(&forward))
-            || (touches.d_hidden && diverges(&hidden))
-            || (touches.d_unembedding && diverges(&unembedding))
+        let diverges = |stage: Stage| self.reports(stage).any(|t| t.verdict == Verdict::Diverge);
+        Stage::OF_A_MICROBATCH.into_iter().any(|stage| touches.stage(stage) && diverges(stage))
             || (touches.accumulated && self.accumulated.is_some_and(|t| t.verdict == Verdict::Diverge))
     }
 
@@ -99,12 +88,13 @@ impl Observed<'_> {
                 pads.into_iter().map(|pad| Fault::VocabPadUnmasked { pad }).collect()
             }
             Fault::VocabTailDropped { .. } => {
-                let end = self.tail(Stage::DUnembedding).or_else(|| self.accumulated.and_then(first_bad));
-                tiles_that_end_at(end, shape.vocab).map(|tile| Fault::VocabTailDropped { tile }).collect()
+                let of_step = self.accumulated.into_iter().filter(|_| self.reports(Stage::DUnembedding).next().is_none());
+                let ends = tail(self.reports(Stage::DUnembedding).chain(of_step));
+                tiles_that_end_in(ends, shape.vocab).map(|tile| Fault::VocabTailDropped { tile }).collect()
             }
-            Fault::TokenTailDropped { .. } => {
-                tiles_that_end_at(self.tail(Stage::DHidden), shape.tokens).map(|tile| Fault::TokenTailDropped { tile }).collect()
-            }
+            Fault::TokenTailDropped { .. } => tiles_that_end_in(tail(self.reports(Stage::DHidden)), shape.tokens)
+                .map(|tile| Fault::TokenTailDropped { tile })
+                .collect(),
             Fault::LseTileMissing { .. } => TILES
                 .iter()
                 .filter(|&&tile| tile < problem.valid_columns())
@@ -160,19 +150,21 @@ impl Observed<'_> {
         self.microbatches.iter().flat_map(|m| &m.tensors).filter(move |t| t.name == stage.name())
     }
 
-    /// The row from which on a gradient is 0 in every microbatch that has it.
-    fn tail(&self, stage: Stage) -> Option<usize> {
-        self.reports(stage).find_map(first_bad)
-    }
-
     /// Constant factors that a gradient may carry: the fitted one, and the whole number or its reciprocal next to it.
     fn factors(&self, stage: Stage) -> Vec<f64> {
         self.reports(stage).find(|t| t.verdict == Verdict::Diverge).or(self.accumulated).map(factors_of).unwrap_or_default()
     }
 }
 
-fn first_bad(tensor: &TensorReport) -> Option<usize> {
-    tensor.pattern.as_ref().and_then(|p| p.first_bad)
+/// Where a tail of zero rows that should not be 0 begins, in all of `tensors` that have one: at the latest in the first
+/// such row, at the earliest after the last row that is not 0.
+fn tail<'a>(tensors: impl Iterator<Item = &'a TensorReport>) -> Option<RangeInclusive<usize>> {
+    let of = |t: &TensorReport| {
+        let pattern = t.pattern.as_ref()?;
+        Some((pattern.first_bad?, pattern.rows.first()?[0]))
+    };
+    let (first, last) = tensors.filter_map(of).reduce(|a, b| (a.0.max(b.0), a.1.min(b.1)))?;
+    Some(first..=last)
 }
 
 fn factors_of(tensor: &TensorReport) -> Vec<f64> {
@@ -189,12 +181,11 @@ fn factors_of(tensor: &TensorReport) -> Vec<f64> {
 /// How near a fitted factor must be to a whole number to be it.
 const NEAR: f64 = 2e-3;
 
-/// Tile sizes whose last whole tile ends at `end`, the usual ones first.
-fn tiles_that_end_at(end: Option<usize>, of: usize) -> impl Iterator<Item = usize> {
+/// Tile sizes whose last whole tile ends in `ends`, the usual ones first.
+fn tiles_that_end_in(ends: Option<RangeInclusive<usize>>, of: usize) -> impl Iterator<Item = usize> {
     const MOST: usize = 6;
-    let end = end.filter(|&end| end > 0).unwrap_or(0);
-    let fits = move |tile: &usize| end > 0 && of / tile * tile == end;
-    let unusual = (8..=end).step_by(8).filter(|tile| !TILES.contains(tile)).chain([end]);
+    let unusual = (8..of).step_by(8).filter(|tile| !TILES.contains(tile));
+    let fits = move |tile: &usize| ends.as_ref().is_some_and(|ends| *tile < of && ends.contains(&(of / tile * tile)));
     TILES.into_iter().chain(unusual).filter(fits).take(MOST)
 }
 

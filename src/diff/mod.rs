@@ -14,11 +14,12 @@ pub mod explain;
 pub mod fault;
 pub mod hypotheses;
 mod recorded;
+pub mod synth;
 pub mod truth;
 
 pub use error::DiffError;
 
-use crate::dump::{Dump, LoadedMicrobatch, Run};
+use crate::dump::{self, Dump, LoadedMicrobatch, MicrobatchGradients, Run};
 use crate::report::model::{
     AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
     TensorReport, Verdict,
@@ -129,25 +130,32 @@ pub fn judge(path: &Path, settings: &Settings, progress: &dyn Progress) -> Resul
 
 fn judge_step(
     run: &Run,
-    dumped: &crate::dump::Step,
+    dumped: &dump::Step,
     settings: &Settings,
     progress: &dyn Progress,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<CandidateReport>, DiffError> {
-    let wanted = |m: &usize| settings.microbatch.is_none_or(|only| only == *m);
     // `global` needs every microbatch's counts, so all are loaded (mapped, not read) even if one is judged.
-    let loaded: Vec<LoadedMicrobatch> = dumped.microbatches.keys().map(|&m| dumped.load(m)).collect::<Result<_, _>>()?;
+    let shared = dumped.shared.info("unembedding").map(|_| dumped.unembedding()).transpose()?;
+    let loaded = dumped
+        .microbatches
+        .keys()
+        .map(|&m| Ok((m, shared.as_ref().map_or_else(|| dumped.problem(m), |k| dumped.problem_with(m, k))?)))
+        .collect::<Result<Vec<(usize, LoadedMicrobatch)>, DiffError>>()?;
     let whole = loaded.len() == dumped.num_microbatches;
-    let judged: Vec<usize> = (0..loaded.len()).filter(|&i| wanted(&loaded[i].index())).collect();
+    let judged: Vec<usize> = (0..loaded.len()).filter(|&i| settings.microbatch.is_none_or(|only| only == loaded[i].0)).collect();
     let microbatches = loaded
         .iter()
-        .map(|l| Ok(Microbatch { problem: l.problem()?, targets: l.targets(), index: l.index() }))
+        .map(|(index, l)| {
+            let targets = l.targets.targets().map_or(vec![], |t| (0..t.len()).map(|n| t.get(n)).collect());
+            Ok(Microbatch { problem: l.problem()?, targets, index: *index })
+        })
         .collect::<Result<Vec<_>, DiffError>>()?;
     let step = Step {
         microbatches,
         num_microbatches: dumped.num_microbatches,
         reduction: dumped.loss.reduction,
-        own_carries_step_factor: dumped.loss.microbatch_gradients == crate::dump::MicrobatchGradients::Step,
+        own_carries_step_factor: dumped.loss.microbatch_gradients == MicrobatchGradients::Step,
     };
     if !whole {
         warnings.push(format!(
@@ -170,21 +178,17 @@ fn judge_step(
     let over_step = whole && judged.len() == loaded.len();
     let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
-    let candidates = if settings.candidates.is_empty() {
-        vec![Candidate::Recorded, Candidate::Cpu(Kernel::best())]
-    } else {
-        settings.candidates.clone()
-    };
-    for candidate in &candidates {
+    let by_default = [Candidate::Recorded, Candidate::Cpu(Kernel::best())];
+    let candidates = if settings.candidates.is_empty() { &by_default[..] } else { &settings.candidates };
+    for candidate in candidates {
         let made = match candidate {
             Candidate::Recorded => recorded::produce(dumped, &view)?,
-            Candidate::Cpu(kernel) => cpu::produce(kernel, &view)?,
+            Candidate::Cpu(kernel) => vec![cpu::produce(kernel, &view)?],
         };
-        if !made.is_empty() {
-            produced.push(made);
-        } else if !settings.candidates.is_empty() {
+        if made.is_empty() && !settings.candidates.is_empty() {
             warnings.push(format!("run {}, step {}: nothing is recorded to judge", run.run_id, dumped.step));
         }
+        produced.extend(made);
     }
     produced.iter().map(|p| view.judge(&run.run_id, p)).collect()
 }

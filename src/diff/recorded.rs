@@ -4,76 +4,117 @@ use super::candidate::{Produced, Values};
 use super::compare::as_vocab_rows;
 use super::truth::{RowsAre, Stage};
 use super::{DiffError, View};
-use crate::dump::{ElementType, Folder, Step, Tensor};
+use crate::dump::{ElementType, Folder, Recorded, Step};
 use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
 use fused_xent_kernels::problem::{Layout, Shape};
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
-pub(super) fn produce(dumped: &Step, view: &View) -> Result<Produced, DiffError> {
-    let mut microbatches = Vec::new();
-    for &m in view.judged {
+/// What the run recorded, and for each process whose copies of it differ, what that process has; nothing if nothing is recorded.
+pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffError> {
+    let shape = view.step.microbatches[view.judged[0]].problem.shape();
+    let mut tensors = Vec::new();
+    for (place, &m) in view.judged.iter().enumerate() {
         let microbatch = &view.step.microbatches[m];
-        let folder = &dumped.microbatches[&microbatch.index];
-        let mut stages = BTreeMap::new();
+        let folder = dumped.folder(microbatch.index)?;
         for stage in Stage::OF_A_MICROBATCH {
-            if let Some(values) = load(folder, stage.name(), stage, microbatch.problem.shape())? {
-                stages.insert(stage, values);
+            if let Some(recorded) = folder.load(stage.name())? {
+                tensors.push((Some(place), stage, microbatch.problem.shape(), recorded));
             }
         }
-        microbatches.push(stages);
     }
-    let shape = view.step.microbatches[view.judged[0]].problem.shape();
-    let accumulated =
-        if view.over_step { load(&dumped.shared, "d_unembedding", Stage::AccumulatedDUnembedding, shape)? } else { None };
-    let precision = |stage: Stage| {
-        let of = |stages: &BTreeMap<Stage, Values>| stages.get(&stage).map(|v: &Values| v.precision);
-        microbatches.iter().find_map(of)
-    };
-    let d_unembedding = precision(Stage::DUnembedding).or(accumulated.as_ref().map(|v| v.precision));
+    if view.over_step
+        && let Some(recorded) = dumped.shared.load("d_unembedding")?
+    {
+        tensors.push((None, Stage::AccumulatedDUnembedding, shape, recorded));
+    }
+    if tensors.is_empty() {
+        return Ok(vec![]);
+    }
+    let folders = view.judged.iter().filter_map(|&m| dumped.microbatches.get(&view.step.microbatches[m].index));
+    let declared = folders.chain([&dumped.shared]).find_map(Folder::contract);
+    let processes: BTreeSet<usize> = tensors.iter().flat_map(|(_, _, _, r)| r.copies.iter().map(|c| c.process)).collect();
+    let input = Precision::from(view.step.microbatches[view.judged[0]].problem.hidden().dtype());
+    Ok(std::iter::once(None)
+        .chain(processes.into_iter().map(Some))
+        .map(|process| {
+            let mut produced = Produced {
+                name: process.map_or("recorded".into(), |p| format!("recorded:process-{p}")),
+                description: process.map_or("the gradients that the training run recorded".into(), |p| {
+                    format!("process {p}'s copies of the recorded gradients, which differ from the first")
+                }),
+                microbatches: vec![BTreeMap::new(); view.judged.len()],
+                accumulated: None,
+                contracts: vec![],
+                contract_source: if declared.is_some() { "declared" } else { "assumed" },
+            };
+            for (place, stage, shape, recorded) in &tensors {
+                if process.is_some() && recorded.copies.iter().all(|c| Some(c.process) != process) {
+                    continue;
+                }
+                let values = values(recorded, process, *stage, *shape);
+                match place {
+                    Some(place) => drop(produced.microbatches[*place].insert(*stage, values)),
+                    None => produced.accumulated = Some(values),
+                }
+            }
+            produced.contracts = contracts(&produced, declared, input);
+            produced
+        })
+        .collect())
+}
+
+/// The contracts that the run may have kept: as declared, else every honest one.
+fn contracts(produced: &Produced, declared: Option<&Value>, input: Precision) -> Vec<Contract> {
+    let precision = |stage: Stage| produced.microbatches.iter().find_map(|stages| stages.get(&stage)).map(|v| v.precision);
+    let d_unembedding = precision(Stage::DUnembedding).or(produced.accumulated.as_ref().map(|v| v.precision));
     let outputs = Contract {
         d_hidden: precision(Stage::DHidden).unwrap_or(Precision::F32),
         d_unembedding: d_unembedding.unwrap_or(Precision::F32),
         ..Contract::F32
     };
-    let input = Precision::from(view.step.microbatches[view.judged[0]].problem.hidden().dtype());
-    let declared = dumped.contract()?.map(|declared| declared.on(outputs));
-    let (contracts, contract_source) = match declared {
-        Some(contract) => (vec![contract], "declared"),
-        None => (honest(outputs, input), "assumed"),
+    let Some(declared) = declared else { return honest(outputs, input) };
+    let member =
+        |name: &str, otherwise| declared.get(name).and_then(Value::as_str).and_then(Precision::by_name).unwrap_or(otherwise);
+    let contract = Contract {
+        logits: member("logits", outputs.logits),
+        dlogits: member("dlogits", outputs.dlogits),
+        accumulate: member("accumulate", outputs.accumulate),
+        d_hidden: member("d_hidden", outputs.d_hidden),
+        d_unembedding: member("d_unembedding", outputs.d_unembedding),
+        ..outputs
     };
-    Ok(Produced {
-        name: "recorded".into(),
-        description: "the gradients that the training run recorded".into(),
-        microbatches,
-        accumulated,
-        contracts,
-        contract_source,
-    })
+    if contract.dlogits.is_16_bit() { with_either_label(contract) } else { vec![contract] }
+}
+
+fn with_either_label(contract: Contract) -> Vec<Contract> {
+    [LabelTerm::Joint, LabelTerm::Apart].map(|label| Contract { label, ..contract }).to_vec()
 }
 
 /// The contracts that honest kernels keep on inputs of this precision, strictest first.
 fn honest(outputs: Contract, input: Precision) -> Vec<Contract> {
     let mut out = vec![outputs];
     if input.is_16_bit() {
-        out.extend([LabelTerm::Joint, LabelTerm::Apart].map(|label| Contract { dlogits: input, label, ..outputs }));
+        out.extend(with_either_label(Contract { dlogits: input, ..outputs }));
     }
     out
 }
 
-fn load(folder: &Folder, name: &str, stage: Stage, shape: Shape) -> Result<Option<Values>, DiffError> {
-    let Some(recorded) = folder.load(name)? else { return Ok(None) };
-    Ok(Some(values(&recorded.tensor, stage, shape)))
-}
-
-fn values(tensor: &Tensor, stage: Stage, shape: Shape) -> Values {
+/// A recorded tensor, with `process`'s copies of its regions where they differ.
+fn values(recorded: &Recorded, process: Option<usize>, stage: Stage, shape: Shape) -> Values {
+    let tensor = &recorded.tensor;
+    let of_vocab = stage.rows_are() == RowsAre::VocabIds;
+    let rows = if of_vocab { shape.vocab } else { shape.tokens };
     let columns = if matches!(stage, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
-    let rows = if stage.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
     let precision = match tensor.dtype() {
         ElementType::Bf16 => Precision::Bf16,
         ElementType::F16 => Precision::F16,
         ElementType::F64 => Precision::F64,
         _ => Precision::F32,
     };
-    let transposed = stage.rows_are() == RowsAre::VocabIds && tensor.layout() == Layout::Dv;
-    Values { values: as_vocab_rows(tensor.to_f64(), [rows, columns], transposed), precision }
+    let mut elements = tensor.to_f64();
+    for copy in recorded.copies.iter().filter(|c| Some(c.process) == process) {
+        copy.region.scatter(tensor.shape(), &copy.data.to_f64(), &mut elements);
+    }
+    Values { values: as_vocab_rows(elements, [rows, columns], of_vocab && tensor.layout() == Layout::Dv), precision }
 }

@@ -1,18 +1,19 @@
 //! Dumps made to order: chosen shape, logit regime and loss, with recorded gradients that carry a named fault, or none.
 
-use super::counterfactual::{Counterfactual, Microbatch, Step};
+use super::counterfactual::{Counterfactual, Microbatch, Outcome, Step, Wanted};
 use super::fault::Fault;
 use super::truth::Stage;
 use super::{DiffError, Progress};
-use crate::dump::{FolderWriter, LossSettings, MicrobatchGradients, Part, RunInfo, Shard};
+use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Inputs, Layout, Problem, Shape};
 use half::bf16;
-use ndarray::Array2;
+use ndarray::{Array2, s};
 use rand::distr::Distribution;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{StandardNormal, Zipf};
 use rand_pcg::Pcg64;
+use std::ops::Range;
 use std::path::Path;
 
 /// How large the logits are, and how sure the model is of its labels.
@@ -161,7 +162,8 @@ impl Made {
                     let ignore = i32::try_from(options.loss.options.ignore_index).unwrap_or(-100);
                     targets.push(if rng.random_bool(masked.min(1.0)) { ignore } else { label as i32 });
                 }
-                let weights = options.weights.then(|| (0..tokens).map(|_| [0.25f32, 0.7, 1.0, 1.6][rng.random_range(0..4)]).collect());
+                let weights =
+                    options.weights.then(|| (0..tokens).map(|_| [0.25f32, 0.7, 1.0, 1.6][rng.random_range(0..4)]).collect());
                 MadeMicrobatch { hidden: q.into_iter().map(bf16::from_f64).collect(), targets, weights }
             })
             .collect();
@@ -199,5 +201,140 @@ impl Made {
             reduction: options.loss.reduction,
             own_carries_step_factor: options.loss.microbatch_gradients == MicrobatchGradients::Step,
         })
+    }
+}
+
+/// Writes a dump made to order to `dir`.
+///
+/// # Errors
+/// Options that make no sense, a fault that changes nothing here, or a folder that cannot be written.
+pub fn synth(dir: &Path, options: &SynthOptions, progress: &dyn Progress) -> Result<(), DiffError> {
+    options.validate()?;
+    let made = Made::new(options);
+    let step = made.step(options)?;
+    progress.begin("making the dump", options.microbatches as u64);
+    let computation = built(&step, &options.faults)?;
+    let writer = Writer { dir, options, made: &made };
+    let mut total: Option<Array2<f64>> = None;
+    for m in 0..options.microbatches {
+        let outcome = computation.replay(&step, m, Wanted::ALL);
+        let own = outcome.stage(Stage::DUnembedding);
+        computation.accumulate(&step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
+        writer.microbatch(m, &outcome)?;
+        progress.advance(1);
+    }
+    writer.shared(&total.unwrap_or_default())
+}
+
+/// The computation with every fault built in.
+fn built(step: &Step, faults: &[Fault]) -> Result<Counterfactual, DiffError> {
+    let mut computation = Counterfactual::default();
+    for fault in faults {
+        let before = computation;
+        fault.apply(&mut computation, step);
+        let fault_alone = faults.len() == 1;
+        if computation == before || (fault_alone && !changes_something(&computation, step)) {
+            return Err(DiffError::FaultWithoutEffect {
+                fault: fault.slug().into(),
+                reason: "the loss, the shape or the number of microbatches leaves it nothing to change".into(),
+            });
+        }
+    }
+    Ok(computation)
+}
+
+fn changes_something(computation: &Counterfactual, step: &Step) -> bool {
+    let right = Counterfactual::default();
+    let mut totals: [Option<Array2<f64>>; 2] = [None, None];
+    (0..step.microbatches.len()).any(|m| {
+        let outcomes = [right.replay(step, m, Wanted::ALL), computation.replay(step, m, Wanted::ALL)];
+        for ((computation, outcome), total) in [&right, computation].into_iter().zip(&outcomes).zip(&mut totals) {
+            let own = outcome.stage(Stage::DUnembedding);
+            computation.accumulate(step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
+        }
+        totals[0] != totals[1] || Stage::OF_A_MICROBATCH.into_iter().any(|s| outcomes[0].stage(s) != outcomes[1].stage(s))
+    })
+}
+
+struct Writer<'a> {
+    dir: &'a Path,
+    options: &'a SynthOptions,
+    made: &'a Made,
+}
+
+impl Writer<'_> {
+    fn folder(&self, process: usize, microbatch: Option<usize>) -> Result<FolderWriter, DiffError> {
+        let options = self.options;
+        let id = FolderId {
+            run_id: format!("synth-{}", options.seed),
+            producer: concat!("xent-diff synth ", env!("CARGO_PKG_VERSION")).into(),
+            step: options.step,
+            microbatch,
+            num_microbatches: options.microbatches,
+            process_index: process,
+            process_count: options.processes,
+            loss: options.loss,
+        };
+        Ok(FolderWriter::create(self.dir, id)?)
+    }
+
+    /// The share of `of` rows that a process holds.
+    fn share(&self, process: usize, of: usize) -> Range<usize> {
+        let at = |p: usize| of * p / self.options.processes;
+        at(process)..at(process + 1)
+    }
+
+    fn microbatch(&self, m: usize, outcome: &Outcome) -> Result<(), DiffError> {
+        let SynthOptions { tokens, hidden: d, processes, .. } = *self.options;
+        let made = &self.made.microbatches[m];
+        for process in 0..processes {
+            let mut folder = self.folder(process, Some(m))?;
+            let rows = self.share(process, tokens);
+            let per_token = Placement::shard(&[tokens], &[rows.start], &[rows.len()]);
+            let per_feature = Placement::shard(&[tokens, d], &[rows.start, 0], &[rows.len(), d]);
+            folder.tensor("hidden", Elements::Bf16(&made.hidden[rows.start * d..rows.end * d]), &per_feature)?;
+            folder.tensor("targets", Elements::I32(&made.targets[rows.clone()]), &per_token)?;
+            if let Some(weights) = &made.weights {
+                folder.tensor("token_weights", Elements::F32(&weights[rows.clone()]), &per_token)?;
+            }
+            folder.unembedding_from_shared()?;
+            for stage in [Stage::Loss, Stage::Lse, Stage::LabelLogits] {
+                let values: Vec<f32> = outcome.stage(stage).iter().map(|&x| x as f32).collect();
+                folder.tensor(stage.name(), Elements::F32(&values[rows.clone()]), &per_token)?;
+            }
+            self.gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows)?;
+            let ids = self.share(process, self.options.vocab);
+            self.gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids)?;
+            folder.commit()?;
+        }
+        Ok(())
+    }
+
+    fn shared(&self, accumulated: &Array2<f64>) -> Result<(), DiffError> {
+        let SynthOptions { hidden: d, vocab, processes, .. } = *self.options;
+        for process in 0..processes {
+            let mut folder = self.folder(process, None)?;
+            let ids = self.share(process, vocab);
+            let placement = Placement::shard(&[vocab, d], &[ids.start, 0], &[ids.len(), d]);
+            folder.tensor("unembedding", Elements::Bf16(&self.made.unembedding[ids.start * d..ids.end * d]), &placement)?;
+            self.gradient(&mut folder, "d_unembedding", accumulated, ids)?;
+            folder.commit()?;
+        }
+        Ok(())
+    }
+
+    /// Rows `rows` of a gradient, in the precision asked for.
+    fn gradient(&self, folder: &mut FolderWriter, name: &str, values: &Array2<f64>, rows: Range<usize>) -> Result<(), DiffError> {
+        let (all, d) = values.dim();
+        let placement = Placement::shard(&[all, d], &[rows.start, 0], &[rows.len(), d]);
+        let values = values.slice(s![rows, ..]);
+        if self.options.gradients == Precision::Bf16 {
+            let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f64(Precision::Bf16.round(x))).collect();
+            folder.tensor(name, Elements::Bf16(&narrow), &placement)?;
+        } else {
+            let wide: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+            folder.tensor(name, Elements::F32(&wide), &placement)?;
+        }
+        Ok(())
     }
 }

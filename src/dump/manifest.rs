@@ -413,10 +413,9 @@ fn is_plain_file_name(name: &str) -> bool {
 pub(crate) fn check_contract(contract: Option<&Value>, place: &str) -> Result<(), DumpError> {
     let Some(contract) = contract else { return Ok(()) };
     const KNOWN: [&str; 5] = ["logits", "dlogits", "accumulate", "d_hidden", "d_unembedding"];
-    const PRECISIONS: [Precision; 5] = [Precision::F64, Precision::F32, Precision::Bf16x2, Precision::F16, Precision::Bf16];
     let place = format!("{place}: contract");
     let members = Members::new(contract, &place, &KNOWN)?;
-    let words = PRECISIONS.map(|p| (p.name(), p));
+    let words = Precision::ALL.map(|p| (p.name(), p));
     KNOWN.into_iter().try_for_each(|name| members.word(name, &words).map(|_| ()))
 }
 

@@ -12,6 +12,17 @@ pub struct Region {
 }
 
 impl Region {
+    /// Copies `part`, the region's elements row-major, to their places in `whole`, a tensor of shape `global` that it lies in.
+    ///
+    /// # Panics
+    /// If the lengths are not those of the shapes.
+    pub fn scatter<T: Copy>(&self, global: &[usize], part: &[T], whole: &mut [T]) {
+        for_each_run(global, self, |at, first, run| {
+            whole[at..at + run].copy_from_slice(&part[first..first + run]);
+            None::<()>
+        });
+    }
+
     /// All of a tensor of that shape.
     pub fn whole(shape: &[usize]) -> Self {
         Self { start: vec![0; shape.len()], shape: shape.to_vec() }
