@@ -151,6 +151,7 @@ impl FolderWriter {
     /// # Errors
     /// An `id` that makes no sense, a folder that is committed already, or a folder that cannot be created.
     pub fn create(root: &Path, id: FolderId) -> Result<Self, DumpError> {
+        let root = if root == Path::new("") { Path::new(".") } else { root };
         let folder = root.join(id.relative());
         id.validate(&folder.display().to_string(), DumpErrorKind::Settings)?;
         let writer = Self {
