@@ -277,7 +277,7 @@ pub struct MicrobatchInputs<'a> {
 /// Where a process's tokens lie among those of all processes.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenShard<'a> {
-    /// [tokens] or [batch, sequence] over all processes.
+    /// `[tokens]` or `[batch, sequence]` over all processes.
     pub global_shape: &'a [usize],
     /// Index of this process's first token.
     pub start: &'a [usize],

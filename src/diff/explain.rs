@@ -320,6 +320,9 @@ impl TensorFit {
             Verdict::Diverge => deviation,
             Verdict::Agree => (deviation - tensor.ratio_limit * floor).max(0.0),
         };
+        if !deviation.is_finite() {
+            return Self { left: f64::INFINITY, ratio: f64::INFINITY, of_limit: f64::INFINITY };
+        }
         // A gradient that a fault scales carries a floor scaled alike.
         let ratio = deviation / (floor * (norm(computed) / size).max(SMALLEST_SCALE));
         Self { left: (excess / size).powi(2), ratio, of_limit: ratio / tensor.ratio_limit }

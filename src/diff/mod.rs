@@ -219,30 +219,36 @@ impl View<'_> {
         self.judged.iter().map(of).collect()
     }
 
-    /// Judges a candidate under the strictest of its contracts under which it agrees, else under the last.
+    /// Judges a candidate under the strictest of its contracts under which it agrees.
+    ///
+    /// Where none fits, it is judged under the strictest that its dQ fits: a kernel that rounds dlogits shows it there, so a
+    /// contract whose floor dQ stays far below is not the one that it keeps.
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
-        let mut report = None;
+        let mut chosen: Option<CandidateReport> = None;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
             let compared = self.compare(run_id, produced, contract)?;
             self.progress.advance(1);
-            let agrees = compared.verdict == Verdict::Agree;
-            report = Some(compared);
-            if agrees {
+            if chosen.is_some() && d_hidden(&compared).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW)) {
                 break;
             }
+            if compared.verdict == Verdict::Agree {
+                return Ok(compared);
+            }
+            let fits = |report| d_hidden(report).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree));
+            if !chosen.as_ref().is_some_and(fits) {
+                chosen = Some(compared);
+            }
         }
-        let mut report = report.expect("every candidate has a contract");
-        if report.verdict == Verdict::Diverge {
-            let case = explain::Case {
-                step: self.step,
-                judged: self.judged,
-                produced,
-                microbatches: &report.microbatches,
-                accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
-            };
-            report.findings = case.explain(self.progress);
-        }
+        let mut report = chosen.expect("every candidate has a contract");
+        let case = explain::Case {
+            step: self.step,
+            judged: self.judged,
+            produced,
+            microbatches: &report.microbatches,
+            accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
+        };
+        report.findings = case.explain(self.progress);
         Ok(report)
     }
 
@@ -308,6 +314,15 @@ impl View<'_> {
             findings: vec![],
         })
     }
+}
+
+/// A ratio to the floor that no honest rounding to 16 bits comes down to.
+const FAR_BELOW: f64 = 0.6;
+
+/// The comparisons of dQ; `None` if the candidate has none.
+fn d_hidden(report: &CandidateReport) -> Option<impl Iterator<Item = &TensorReport>> {
+    let tensors = || report.microbatches.iter().flat_map(|m| &m.tensors).filter(|t| t.name == Stage::DHidden.name());
+    tensors().next().map(|_| tensors())
 }
 
 fn grad_norm(values: &candidate::Values, total: &Accumulated, tolerance: &fused_xent_kernels::floor::Tolerance) -> GradNorm {

@@ -129,13 +129,18 @@ impl Manifest {
         let file = File::open(&path).map_err(|e| DumpError::read(&path, e))?;
         let mut text = Vec::new();
         file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(|e| DumpError::read(&path, e))?;
+        Self::parse(&text, &place)
+    }
+
+    /// Parses and checks the text of a manifest.
+    pub fn parse(text: &[u8], place: &str) -> Result<Self, DumpError> {
         if text.len() as u64 > MAX_BYTES {
             let found = format!("the manifest is larger than {MAX_BYTES} bytes");
             let remedy = "no honest manifest is that large; write the folder again";
             return Err(DumpError::new(DumpErrorKind::TooLarge, place, found, format!("at most {MAX_BYTES} bytes"), remedy));
         }
-        let manifest = Self::from_json(&json::parse(&text, &place)?, &place)?;
-        manifest.validate(&place)?;
+        let manifest = Self::from_json(&json::parse(text, place)?, place)?;
+        manifest.validate(place)?;
         Ok(manifest)
     }
 

@@ -217,10 +217,35 @@ fn copy_elements(from: &[u8], to: &mut [u8], shape: &[usize], width: usize, fort
     if !fortran {
         return to.copy_from_slice(from);
     }
+    let Some((&columns, outer)) = shape.split_last().filter(|_| !to.is_empty()) else { return };
     let stride = |d: usize| -> usize { shape[..d].iter().product() };
-    for (flat, element) in to.chunks_exact_mut(width).enumerate() {
-        let index = multi_index(shape, flat);
-        let at: usize = index.iter().enumerate().map(|(d, i)| i * stride(d)).sum();
-        element.copy_from_slice(&from[at * width..][..width]);
+    let across = stride(outer.len());
+    for (row, to) in to.chunks_exact_mut(columns * width).enumerate() {
+        let first: usize = multi_index(outer, row).iter().enumerate().map(|(d, i)| i * stride(d)).sum();
+        for (column, element) in to.chunks_exact_mut(width).enumerate() {
+            element.copy_from_slice(&from[(first + column * across) * width..][..width]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fortran_order_is_the_transpose_of_the_reversed_shape() {
+        for shape in [&[2, 3, 4][..], &[3, 2], &[5], &[], &[2, 0, 3], &[2, 3, 0]] {
+            let reversed: Vec<usize> = shape.iter().rev().copied().collect();
+            let count: usize = shape.iter().product();
+            let from: Vec<u8> = (0..count).flat_map(|i| (i as u16).to_le_bytes()).collect();
+            let mut to = vec![0; from.len()];
+            copy_elements(&from, &mut to, shape, 2, true);
+            for (flat, element) in to.as_chunks::<2>().0.iter().enumerate() {
+                let mut index = multi_index(shape, flat);
+                index.reverse();
+                let expected = index.iter().zip(&reversed).fold(0, |at, (i, extent)| at * extent + i);
+                assert_eq!(u16::from_le_bytes(*element) as usize, expected, "{shape:?} {flat}");
+            }
+        }
     }
 }

@@ -46,10 +46,13 @@ impl Region {
 
     /// What two regions of the same tensor share, if anything.
     fn intersection(&self, other: &Region) -> Option<Region> {
-        let start: Vec<usize> = self.start.iter().zip(&other.start).map(|(a, b)| *a.max(b)).collect();
-        let shape: Option<Vec<usize>> =
-            (0..start.len()).map(|d| self.end(d).min(other.end(d)).checked_sub(start[d]).filter(|&extent| extent > 0)).collect();
-        shape.map(|shape| Region { start, shape })
+        let extent = |d: usize| self.end(d).min(other.end(d)).saturating_sub(self.start[d].max(other.start[d]));
+        let dimensions = 0..self.start.len();
+        // Most pairs share nothing: that is found out before anything is allocated.
+        dimensions.clone().all(|d| extent(d) > 0).then(|| Region {
+            start: dimensions.clone().map(|d| self.start[d].max(other.start[d])).collect(),
+            shape: dimensions.map(extent).collect(),
+        })
     }
 
     /// The parts of this region outside `hole`, which lies in it: at most two per dimension.

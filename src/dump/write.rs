@@ -152,6 +152,7 @@ impl FolderWriter {
     /// # Errors
     /// An `id` that makes no sense, a folder that is committed already, or a folder that cannot be created.
     pub fn create(root: &Path, id: FolderId) -> Result<Self, DumpError> {
+        let root = if root == Path::new("") { Path::new(".") } else { root };
         let folder = root.join(id.relative());
         id.validate(&folder.display().to_string(), DumpErrorKind::Settings)?;
         let writer = Self {
@@ -277,21 +278,24 @@ impl FolderWriter {
         Ok(())
     }
 
-    /// Keeps anything under `extra`.
+    /// Keeps anything under `extra`; null is nothing.
     pub fn extra(&mut self, extra: Value) {
-        self.manifest.extra = Some(extra);
+        self.manifest.extra = Some(extra).filter(|e| !e.is_null());
     }
 
     /// Commits the folder: the manifest goes to its place, last. Returns the folder.
     ///
     /// # Errors
-    /// A folder that somebody else committed meanwhile, or a file that cannot be written. With
+    /// An `extra` that makes the manifest too large or nests too deep, a folder that somebody else committed meanwhile, or a file that cannot be written. With
     /// [`FolderWriter::verified`], also a folder that does not read back as it was handed in; it is uncommitted again.
     pub fn commit(self) -> Result<PathBuf, DumpError> {
         self.require_uncommitted()?;
         let mut text = format!("{:#}", self.manifest.to_json());
         text.push('\n');
-        write_file(&self.folder.join(MANIFEST), &[text.as_bytes()])?;
+        let path = self.folder.join(MANIFEST);
+        // What no reader would accept, such as an `extra` that nests too deep, is not committed.
+        Manifest::parse(text.as_bytes(), &path.display().to_string())?;
+        write_file(&path, &[text.as_bytes()])?;
         // The folders that lead to this one may be new too.
         let new = self.folder.ancestors().take_while(|path| path.starts_with(&self.root));
         new.skip(1).try_for_each(sync_folder)?;
@@ -346,4 +350,64 @@ fn sync_folder(folder: &Path) -> Result<(), DumpError> {
         File::open(folder).and_then(|f| f.sync_all()).map_err(|e| DumpError::write(folder, e))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dump::LossSettings;
+
+    fn writer(root: &Path) -> FolderWriter {
+        let id = FolderId {
+            run_id: "run".into(),
+            producer: "test".into(),
+            step: 0,
+            microbatch: None,
+            num_microbatches: 1,
+            process_index: 0,
+            process_count: 1,
+            loss: LossSettings::default(),
+        };
+        let mut writer = FolderWriter::create(root, id).unwrap().verified();
+        writer.tensor("unembedding", Elements::F32(&[1.0; 6]), &Placement::whole(&[3, 2])).unwrap();
+        writer
+    }
+
+    #[test]
+    fn elements_that_read_back_as_others_are_uncommitted() {
+        for digest in [None, Some(blake3::hash(Elements::F32(&[1.0, 1.0, 1.0, 1.0, 1.0, -1.0]).bytes()))] {
+            let root = tempfile::tempdir().unwrap();
+            let mut writer = writer(root.path());
+            let manifest = writer.path().join(MANIFEST);
+            let altered = digest.is_some();
+            writer.digests.as_mut().unwrap().extend(digest.map(|d| ("unembedding.0.npy".to_owned(), d)));
+            let committed = writer.commit();
+            assert_eq!((committed.is_err(), manifest.exists()), (altered, !altered));
+            if let Err(error) = committed {
+                assert_eq!(error.kind(), DumpErrorKind::RoundTrip);
+                assert!(error.place().ends_with("unembedding.0.npy"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_manifest_that_reads_back_as_another_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let (mut one, other) = (writer(root.path()), writer(root.path()));
+        one.extra("mine".into());
+        one.commit().unwrap();
+        let error = other.compare(other.digests.as_ref().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), DumpErrorKind::RoundTrip);
+        assert!(error.place().ends_with(MANIFEST), "{error}");
+    }
+
+    #[test]
+    fn a_manifest_that_no_reader_would_accept_is_not_committed() {
+        let root = tempfile::tempdir().unwrap();
+        let mut writer = writer(root.path());
+        let manifest = writer.path().join(MANIFEST);
+        writer.extra((0..200).fold(Value::Null, |inner, _| Value::from(vec![inner])));
+        assert_eq!(writer.commit().unwrap_err().kind(), DumpErrorKind::Json);
+        assert!(!manifest.exists());
+    }
 }

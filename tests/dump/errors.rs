@@ -241,16 +241,17 @@ fn payloads() {
     expect(in_payload("hidden", |b| replace(b, "<V2", "<f2")), Encoding, &["\"<f2\"", "another number than bfloat16"]);
     expect(in_payload("hidden", |b| replace(b, "<V2", ">u2")), Encoding, &["\">u2\"", "uint16"]);
     expect(in_payload("targets", |b| replace(b, "<i4", "<u4")), Encoding, &["\"<u4\"", "<i4", "int32"]);
-    // bfloat16 widened to float32, with a value at [0, 1, 2] of the shard, [1, 1, 2] of the tensor, that is none.
-    let widen = |b: &mut Vec<u8>| {
-        replace(b, "<V2", "<f4");
-        b.truncate(128);
-        for i in 0..12 {
-            let value: f32 = if i >= 6 { 0.1 } else { 0.5 };
-            b.extend(value.to_le_bytes());
-        }
-    };
-    expect(in_payload("hidden", widen), Inexact, &["1e-1", "[1, 1, 2]"]);
+    // bfloat16 widened to float32, with a value at [0, 1, 2] of the shard, [1, 1, 2] of the tensor, that is none: by the highest
+    // bit that is too many, by the lowest.
+    for excess in [0x8000, 1] {
+        let widen = move |b: &mut Vec<u8>| {
+            replace(b, "<V2", "<f4");
+            b.truncate(128);
+            let bits = (0..12).map(|i| 0.5f32.to_bits() + if i >= 6 { excess } else { 0 });
+            b.extend(bits.flat_map(u32::to_le_bytes));
+        };
+        expect(in_payload("hidden", widen), Inexact, &["5.0", "[1, 1, 2]", "nearest here is 5e-1"]);
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use fused_xent::dump::*;
 use fused_xent::kernels::problem::{Layout, Targets};
+use fused_xent::kernels::reduction::{Denominator, Microbatches, Reduction};
 use half::{bf16, f16};
 use std::path::Path;
 
@@ -116,4 +117,37 @@ fn every_dtype_comes_back_bit_for_bit() {
     assert!(folder.load("loss").unwrap().is_none());
     assert_eq!(folder.contract().unwrap()["dlogits"], "bf16");
     assert_eq!(folder.extra().next().unwrap().1["git"], "abc");
+}
+
+#[test]
+fn a_microbatch_without_tokens_is_one() {
+    let root = tempfile::tempdir().unwrap();
+    let mut folder = FolderWriter::create(root.path(), FolderId { num_microbatches: 1, ..id(0, 1, Some(0)) }).unwrap();
+    folder.tensor("hidden", Elements::Bf16(&[]), &Placement::whole(&[2, 0, 8])).unwrap();
+    folder.tensor("targets", Elements::I32(&[]), &Placement::whole(&[2, 0])).unwrap();
+    folder.tensor("unembedding", Elements::Bf16(&bf16s(16, 0)), &Placement::whole(&[2, 8])).unwrap();
+    folder.commit().unwrap();
+    let dump = Dump::open(root.path()).unwrap();
+    let loaded = dump.runs()[0].steps[&7].problem(0).unwrap();
+    assert_eq!(loaded.problem().unwrap().shape().tokens, 0);
+    assert_eq!(verify(root.path(), &mut |_, _| {}).unwrap().problems.len(), 0);
+}
+
+#[test]
+fn loss_settings_survive_json_exactly() {
+    let mut loss = LossSettings::default();
+    assert_eq!(LossSettings::from_json(&serde_json::json!({}), "test").unwrap(), loss);
+    loss.reduction.cotangent = 0.1 + 0.2;
+    loss.reduction.denominator = Denominator::Given(1.0 / 3.0);
+    loss.reduction.reduction = Reduction::Sum;
+    loss.reduction.microbatches = Microbatches::Global;
+    loss.options.logit_scale = f64::MIN_POSITIVE;
+    loss.options.logit_softcap = Some(f64::MAX);
+    loss.options.valid_vocab = Some(usize::MAX);
+    loss.options.ignore_index = i64::MIN;
+    loss.microbatch_gradients = MicrobatchGradients::Step;
+    let text = loss.to_json().to_string();
+    assert_eq!(LossSettings::from_json(&serde_json::from_str(&text).unwrap(), "test").unwrap(), loss);
+    loss.reduction.denominator = Denominator::Tokens;
+    assert_eq!(LossSettings::from_json(&loss.to_json(), "test").unwrap(), loss);
 }
