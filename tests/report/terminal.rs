@@ -23,8 +23,8 @@ fn all() -> [Report; 6] {
 #[test]
 fn agreement() {
     assert_snapshot!(render(&samples::agreeing(), PLAIN), @r#"
-    ✓ cpu agrees in all of 6 tensors; closest to its limit is d_hidden of cpu: relative error 1.66e-3,
-      1.01× its floor of 1.65e-3 (limit 1.50×).
+    ✓ cpu agrees over 6 tensors; closest to its limit is d_hidden of cpu: relative error 1.66e-3, 1.01×
+      its floor of 1.65e-3 (limit 1.50×).
 
     dump          dumps/tiny: run run-a, 2 processes, step 0
 
@@ -69,7 +69,7 @@ fn a_certain_cause() {
       ✗ grad_norm                  1.2030 against 1.0010 ± 2.00e-3
 
     observed      d_unembedding_label breaks first, in microbatch 0: rel. L2 is 22050 times what honest
-                  rounding makes. The error lies as label rows (>99.9 % of its square), in rows 3,
+                  rounding makes. The error lies in the rows of labels (>99.9 % of its square): 3,
                   17–18, 42, 77 and 2 ranges more. 17 elements beyond what any honest computation gives.
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference
                   1.2300e-3
@@ -111,7 +111,7 @@ fn an_unknown_cause() {
       ✓ d_unembedding  1.71e-3  1.70e-3    1.01×   ▏
 
     observed      d_hidden breaks first, in microbatch 0: the error is above what honest rounding makes.
-                  The error lies as rows (98.0 % of its square), from row 384 on.
+                  The error lies in some rows (98.0 % of its square), all from row 384 on.
     worst         d_hidden, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference 1.2300e-3
 
       1. cause unknown
@@ -190,7 +190,7 @@ fn two_candidates_on_a_narrow_terminal() {
 
     observed      d_unembedding_label breaks first, in microbatch 0: rel. L2
                   is 22050 times what honest rounding makes. The error lies
-                  as label rows (>99.9 % of its square), in rows 3, 17–18,
+                  in the rows of labels (>99.9 % of its square): 3, 17–18,
                   42, 77 and 2 ranges more. 17 elements beyond what any
                   honest computation gives.
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3:
