@@ -7,7 +7,7 @@
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, LossOptions, Problem};
 use fused_xent_kernels::reduction::{Denominator, MicrobatchCounts, Microbatches, Reduction, StepReduction};
-use fused_xent_kernels::reference::{self, Forward, Gradients};
+use fused_xent_kernels::reference::{self, Forward, Gradients, Parts};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -101,7 +101,23 @@ pub enum LabelSum {
     /// Each contribution rounded to bf16 once, then summed in high precision.
     EachRounded,
     /// Scatter-added in bf16: the running sum is rounded at every hit.
-    Bf16,
+    Bf16 {
+        /// Whether a contribution is rounded before it is added.
+        hits_rounded: bool,
+        /// What the hits are added to.
+        onto: ScatterOnto,
+    },
+}
+
+/// What label gradients are scatter-added to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ScatterOnto {
+    /// Zeros; the lse part, in high precision, is added afterwards.
+    Zeros,
+    /// Zeros; the lse part, rounded to bf16, is added afterwards.
+    ZerosThenBf16,
+    /// The lse part, rounded to bf16.
+    LsePart,
 }
 
 /// How a sum over chunks is kept.
@@ -276,6 +292,7 @@ impl Counterfactual {
             },
             gradients: Gradients::zeros(shape),
         };
+        let mut all_labels = Vec::with_capacity(shape.tokens);
         let mut dk_chunk = self.dk_sum.map(|_| Array2::zeros((shape.vocab, shape.hidden)));
         for rows in self.token_blocks(problem) {
             let mut z = reference::logits(problem, rows.clone());
@@ -315,13 +332,11 @@ impl Counterfactual {
                 }
             }
             if dk_chunk.is_none() {
-                self.d_unembedding_label(problem, rows, &labels, &mut out.gradients.unembedding.label);
+                self.d_unembedding_label(problem, rows.clone(), &labels, &mut out.gradients.unembedding.label);
             }
+            all_labels.extend(labels);
         }
-        if self.dk_parts_bf16 || self.label_sum == LabelSum::Bf16 {
-            out.gradients.unembedding.lse.mapv_inplace(bf16);
-            out.gradients.unembedding.label.mapv_inplace(bf16);
-        }
+        self.finish_parts(problem, &all_labels, &mut out.gradients.unembedding);
         let Gradients { hidden, unembedding } = &mut out.gradients;
         for (parts, factor) in [(hidden, self.dq_factor), (unembedding, self.dk_factor)] {
             parts.lse *= factor;
@@ -558,8 +573,29 @@ impl Counterfactual {
             match self.label_sum {
                 LabelSum::Exact => row += &contribution,
                 LabelSum::EachRounded => row += &contribution.mapv(bf16),
-                LabelSum::Bf16 => row.zip_mut_with(&contribution, |sum, &x| *sum = bf16(*sum + bf16(x))),
+                LabelSum::Bf16 { hits_rounded, .. } => {
+                    row.zip_mut_with(&contribution, |sum, &x| *sum = bf16(*sum + if hits_rounded { bf16(x) } else { x }));
+                }
             }
+        }
+    }
+
+    /// What happens to dK's parts after the last token.
+    fn finish_parts(&self, problem: &Problem, labels: &[TokenLabel], parts: &mut Parts) {
+        let scatter = match self.label_sum {
+            LabelSum::Bf16 { onto, .. } => Some(onto),
+            _ => None,
+        };
+        if self.dk_parts_bf16 || matches!(scatter, Some(ScatterOnto::ZerosThenBf16 | ScatterOnto::LsePart)) {
+            parts.lse.mapv_inplace(bf16);
+        }
+        if self.dk_parts_bf16 {
+            parts.label.mapv_inplace(bf16);
+        }
+        if scatter == Some(ScatterOnto::LsePart) {
+            let mut sum = parts.lse.clone();
+            self.d_unembedding_label(problem, 0..problem.shape().tokens, labels, &mut sum);
+            parts.label = sum - &parts.lse;
         }
     }
 

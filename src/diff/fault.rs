@@ -1,6 +1,6 @@
 //! The fault catalogue: every fault that can be planted by `synth` and named by the diff, with its parameters.
 
-use super::counterfactual::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, Step, TokenFactor};
+use super::counterfactual::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScatterOnto, Step, TokenFactor};
 use super::error::DiffError;
 use super::truth::Stage;
 use fused_xent_kernels::contract::Precision;
@@ -13,7 +13,7 @@ pub enum Fault {
     LabelLogitBf16,
     LossSubtractBf16,
     LseBf16,
-    LabelScatterBf16,
+    LabelScatterBf16 { hits_rounded: bool, onto: ScatterOnto },
     LabelGradRounded,
     DkPartsRounded,
     GqBf16,
@@ -95,7 +95,7 @@ catalogue! {
     "lse-bf16" PRECISION Fault::LseBf16, "lse is kept in bf16 between forward and backward",
         "a per-row scale of P in the backward; Σ_v P ≠ 1",
         "store the lse residual in f32";
-    "label-scatter-bf16" PRECISION Fault::LabelScatterBf16, "label gradients are scatter-added into dK in bf16",
+    "label-scatter-bf16" PRECISION Fault::LabelScatterBf16 { hits_rounded: true, onto: ScatterOnto::ZerosThenBf16 }, "label gradients are scatter-added into dK in bf16",
         "dK only, label rows only, grows with the hits per row",
         "gather the label's row of K in f32 so that the transposed scatter-add runs in f32, or add the label term inside the kernel";
     "label-grad-rounded" PRECISION Fault::LabelGradRounded, "each label contribution g·q is rounded to bf16 before it is added in f32",
@@ -271,7 +271,7 @@ impl Fault {
             let bad = || DiffError::FaultParameter {
                 fault: slug.into(),
                 found: parameter.into(),
-                expected: fault.parameters().keys().cloned().collect::<Vec<_>>().join(", "),
+                expected: fault.numbers().join(", "),
             };
             let (name, value) = parameter.split_once('=').ok_or_else(bad)?;
             let value = value.parse().ok().filter(|v: &f64| v.is_finite()).ok_or_else(bad)?;
@@ -279,6 +279,11 @@ impl Fault {
             fault = changed.set(name, value).then_some(changed).ok_or_else(bad)?;
         }
         Ok(fault)
+    }
+
+    /// The parameters that can be set.
+    fn numbers(&self) -> Vec<String> {
+        self.parameters().into_iter().filter(|(_, value)| value.is_number()).map(|(name, _)| name).collect()
     }
 
     fn set(&mut self, name: &str, value: f64) -> bool {
@@ -320,9 +325,21 @@ impl Fault {
     /// Its parameters by the catalogue's names.
     pub fn parameters(&self) -> Map<String, Value> {
         let pairs: Vec<(&str, Value)> = match *self {
-            Fault::DkAccumulateBf16 { chunks, .. } => vec![("chunks", chunks.into())],
+            Fault::LabelScatterBf16 { hits_rounded, onto } => {
+                let onto = match onto {
+                    ScatterOnto::Zeros => "zeros, then the lse part in f32",
+                    ScatterOnto::ZerosThenBf16 => "zeros, then the lse part in bf16",
+                    ScatterOnto::LsePart => "the lse part",
+                };
+                vec![("hits_rounded", hits_rounded.into()), ("onto", onto.into())]
+            }
+            Fault::DkAccumulateBf16 { chunks, parts_rounded } => {
+                vec![("chunks", chunks.into()), ("parts_rounded", parts_rounded.into())]
+            }
             Fault::DkAccumulateBf16OverMicrobatches => vec![("over", "microbatches".into())],
-            Fault::DqAccumulateBf16 { tiles, .. } => vec![("tiles", tiles.into())],
+            Fault::DqAccumulateBf16 { tiles, parts_rounded } => {
+                vec![("tiles", tiles.into()), ("parts_rounded", parts_rounded.into())]
+            }
             Fault::VocabPadUnmasked { pad } => vec![("pad", pad.into())],
             Fault::VocabTailDropped { tile } | Fault::TokenTailDropped { tile } | Fault::LabelTileEdge { tile } => {
                 vec![("tile", tile.into())]
@@ -361,7 +378,7 @@ impl Fault {
             | Fault::VocabPadUnmasked { .. }
             | Fault::LseTileMissing { .. }
             | Fault::ValidVocabIgnored => [true, true, true],
-            Fault::LabelScatterBf16
+            Fault::LabelScatterBf16 { .. }
             | Fault::LabelGradRounded
             | Fault::DkPartsRounded
             | Fault::GqBf16
@@ -394,7 +411,7 @@ impl Fault {
             Fault::LabelLogitBf16 => to.label_logit_bf16 = true,
             Fault::LossSubtractBf16 => to.loss_subtract_bf16 = true,
             Fault::LseBf16 => to.stored_lse = Precision::Bf16,
-            Fault::LabelScatterBf16 => to.label_sum = LabelSum::Bf16,
+            Fault::LabelScatterBf16 { hits_rounded, onto } => to.label_sum = LabelSum::Bf16 { hits_rounded, onto },
             Fault::LabelGradRounded => to.label_sum = LabelSum::EachRounded,
             Fault::DkPartsRounded => to.dk_parts_bf16 = true,
             Fault::GqBf16 => to.gq_bf16 = true,

@@ -1,7 +1,7 @@
 //! Which faults are worth testing on a step, and with which parameters: cheap looks at the data before expensive replays.
 
 use super::candidate::Produced;
-use super::counterfactual::Step;
+use super::counterfactual::{ScatterOnto, Step};
 use super::fault::{CATALOGUE, Fault, Touches};
 use super::truth::Stage;
 use crate::report::model::{MicrobatchReport, TensorReport, Verdict};
@@ -57,6 +57,13 @@ impl Observed<'_> {
         let when = |condition: bool| if condition { vec![example] } else { vec![] };
         let mean = step.reduction.reduction == Reduction::Mean;
         match example {
+            Fault::LabelScatterBf16 { .. } => [true, false]
+                .into_iter()
+                .flat_map(|hits_rounded| {
+                    [ScatterOnto::Zeros, ScatterOnto::ZerosThenBf16, ScatterOnto::LsePart]
+                        .map(|onto| Fault::LabelScatterBf16 { hits_rounded, onto })
+                })
+                .collect(),
             Fault::DkAccumulateBf16 { .. } => {
                 let counts = (1..).map(|i| 1usize << i).take_while(|&c| c < shape.tokens).chain([shape.tokens]);
                 let mut out: Vec<Fault> = counts
