@@ -2,33 +2,12 @@
 //!
 //! `cargo run --release --example confusion [SLUG]`: a line per dump, then the counts.
 
-use fused_xent::diff::fault::{CATALOGUE, Entry};
+use fused_xent::diff::fault::CATALOGUE;
 use fused_xent::diff::synth::{Regime, SynthOptions, synth};
 use fused_xent::diff::{Candidate, Settings, judge};
-use fused_xent::kernels::reduction::Microbatches;
 use fused_xent::report::model::{Report, Verdict};
 use std::error::Error;
 use std::time::Instant;
-
-/// A dump in which the fault has something to change.
-fn options(entry: Option<&Entry>, regime: Regime) -> SynthOptions {
-    let mut options =
-        SynthOptions { tokens: 320, regime, faults: entry.map(|e| e.example).into_iter().collect(), ..Default::default() };
-    let loss = &mut options.loss;
-    match entry.map_or("", |e| e.slug) {
-        "valid-vocab-ignored" => loss.options.valid_vocab = Some(960),
-        "softcap-derivative-missing" | "softcap-derivative-missing-label" => loss.options.logit_softcap = Some(8.0),
-        "zloss-gradient-missing" => loss.options.z_loss = 1e-3,
-        "label-smoothing-ignored" => loss.options.label_smoothing = 0.1,
-        "logit-scale-ignored" => loss.options.logit_scale = 0.5,
-        "mean-of-means" => loss.reduction.microbatches = Microbatches::Global,
-        "dq-cotangent-missing" | "dk-cotangent-missing" => loss.reduction.cotangent = 0.125,
-        "token-weights-ignored" | "first-cotangent-for-all" => options.weights = true,
-        "token-tail-dropped" => options.tokens = 300,
-        _ => {}
-    }
-    options
-}
 
 fn describe(report: &Report) -> String {
     let worst = |r: &Report| {
@@ -61,7 +40,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
             let folder = tempfile::tempdir()?;
             let start = Instant::now();
-            if let Err(e) = synth(folder.path(), &options(entry, regime), &()) {
+            let options = SynthOptions { tokens: 320, regime, ..Default::default() };
+            let options = entry.map_or(options.clone(), |e| options.planting(e.example));
+            if let Err(e) = synth(folder.path(), &options, &()) {
                 println!("none   {regime:?} {slug}: {e}");
                 continue;
             }

@@ -5,6 +5,7 @@ use crate::report::model::{Pattern, TensorReport, Verdict, Worst};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use std::ops::Range;
 
 /// The ratio to the floor up to which a tensor agrees.
 pub const RATIO_LIMIT: f64 = 1.5;
@@ -39,9 +40,9 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
     let alpha = (norm > 0.0).then(|| rows.product.sum() / rows.reference.sum());
     let residual = alpha.map(|alpha| rows.residual(alpha).sum().sqrt() / norm);
     let ratio = if deviation == 0.0 { 0.0 } else { deviation / floor };
-    let ratio_limit = (tolerance.limit(all) / floor).max(RATIO_LIMIT);
+    let ratio_limit = ratio_limit(tolerance, all);
     let (worst, out_of_bound, nonfinite) = elements(context, candidate, reference);
-    let scale_limit = scale_limit(tolerance, &rows);
+    let scale_limit = scale_limit(tolerance, &rows, ratio_limit);
     let scaled = alpha.filter(|alpha| (alpha - 1.0).abs() > scale_limit);
     let reason = if nonfinite > 0 {
         Some(format!("{nonfinite} elements are not finite"))
@@ -71,6 +72,7 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
         nonfinite,
         out_of_bound,
         worst,
+        zero_tail: rows.zero_tail(),
         pattern,
     }
 }
@@ -99,23 +101,40 @@ impl Rows {
         }
     }
 
+    /// Whether the candidate has nothing in a row where the reference has something.
+    fn silent(&self, row: usize) -> bool {
+        self.candidate[row] == 0.0 && self.reference[row] > 0.0
+    }
+
+    /// See [`TensorReport::zero_tail`]. Rows that are 0 by right (masked tokens) may stand before the first that is not.
+    fn zero_tail(&self) -> Option<[usize; 2]> {
+        let zero_from = (0..self.candidate.len()).rev().take_while(|&row| self.candidate[row] == 0.0).last()?;
+        let silent_from = (0..self.candidate.len()).find(|&row| self.silent(row))?;
+        (zero_from <= silent_from).then_some([zero_from, silent_from])
+    }
+
     /// ‖candidate − α·reference‖² by row.
     fn residual(&self, alpha: f64) -> Array1<f64> {
         (&self.candidate - 2.0 * alpha * &self.product + alpha * alpha * &self.reference).mapv_into(|x| x.max(0.0))
     }
 }
 
+/// The ratio to the floor that no honest computation exceeds over these rows.
+fn ratio_limit(tolerance: &Tolerance, rows: Range<usize>) -> f64 {
+    (tolerance.limit(rows.clone()) / tolerance.l2(rows)).max(RATIO_LIMIT)
+}
+
 /// How far honest noise moves the fitted factor from 1.
 ///
 /// What a row's error before the final rounding adds to ⟨candidate, reference⟩ may have one sign in all rows (a rounding of
 /// equal values is no noise); final roundings are independent.
-fn scale_limit(tolerance: &Tolerance, rows: &Rows) -> f64 {
+fn scale_limit(tolerance: &Tolerance, rows: &Rows, ratio_limit: f64) -> f64 {
     let norm = rows.reference.sum();
     if norm == 0.0 {
         return f64::INFINITY;
     }
     let (before, rounding) = tolerance.projected(rows.reference.iter().copied());
-    RATIO_LIMIT * before / norm + SCALE_SIGMAS * rounding / norm
+    (ratio_limit * before + SCALE_SIGMAS * rounding) / norm
 }
 
 fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> (Option<Worst>, usize, usize) {
@@ -196,13 +215,10 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
             return Pattern { share, alpha: Some(alpha), ..kind("scale") };
         }
     }
-    let silent = |row: usize| rows.candidate[row] == 0.0 && rows.reference[row] > 0.0;
-    let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| silent(row)).collect();
+    let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| rows.silent(row)).collect();
     let share_of = |set: &[usize]| set.iter().map(|&row| rows.deviation[row]).sum::<f64>() / total;
     if share_of(&zero) > 0.5 {
-        // Rows that are 0 by right (masked tokens) may stand before the first that is not.
-        let tail = (0..rows.candidate.len()).rev().take_while(|&row| rows.candidate[row] == 0.0).last();
-        let first_bad = tail.filter(|&tail| zero.first().is_some_and(|&first| tail <= first));
+        let first_bad = rows.zero_tail().map(|[from, _]| from);
         return Pattern { share: share_of(&zero), rows: shown(&zero), first_bad, ..kind("zero_rows") };
     }
     let per_row: Array1<f64> =
@@ -271,12 +287,14 @@ pub fn as_vocab_rows(values: Vec<f64>, shape: [usize; 2], transposed: bool) -> A
 pub fn norm_tolerance(tolerance: &Tolerance, reference: ArrayView2<f64>) -> f64 {
     let squared = reference.map_axis(Axis(1), |row| row.dot(&row));
     let norm = squared.sum().sqrt();
-    let across = RATIO_LIMIT * tolerance.limit(0..reference.nrows());
+    let all = 0..reference.nrows();
+    let ratio_limit = ratio_limit(tolerance, all.clone());
+    let across = ratio_limit * tolerance.l2(all);
     if norm == 0.0 {
         return across;
     }
     let (before, rounding) = tolerance.projected(squared.iter().copied());
-    ((RATIO_LIMIT * before + SCALE_SIGMAS * rounding) / norm + across * across / (2.0 * norm)).min(across)
+    ((ratio_limit * before + SCALE_SIGMAS * rounding) / norm + across * across / (2.0 * norm)).min(across)
 }
 
 /// ‖x‖₂.

@@ -55,15 +55,22 @@ impl Run<'_> {
         add(Stage::LabelLogits, &forward.label_logits);
         add(Stage::DHidden, &dq);
         add(Stage::DUnembedding, &dk);
-        // The lse part is what a cotangent of lse alone gives; without it only the label part is left.
-        let z_loss = problem.options().z_loss as f32;
+        // The lse part is what a cotangent of lse alone gives; the label part, what is left without it.
+        let (z_loss, smoothing) = (problem.options().z_loss as f32, problem.options().label_smoothing);
         let of_lse: Vec<f32> = g.iter().zip(&forward.lse).map(|(g, lse)| g * (1.0 + 2.0 * z_loss * lse)).collect();
-        let without: Vec<f32> = of_lse.iter().map(|c| -c).collect();
+        let negative: Vec<f32> = g.iter().map(|g| -g).collect();
         let lse_part = Cotangents { lse: Some(&of_lse), ..Cotangents::default() };
-        let label_part = Cotangents { loss: Some(&g), lse: Some(&without), ..Cotangents::default() };
-        for (cotangents, of_hidden, of_unembedding) in
-            [(lse_part, Stage::DHiddenLse, Stage::DUnembeddingLse), (label_part, Stage::DHiddenLabel, Stage::DUnembeddingLabel)]
-        {
+        let label_part = match (smoothing == 0.0, z_loss == 0.0) {
+            (true, _) => Some(Cotangents { label_logits: Some(&negative), ..Cotangents::default() }),
+            (_, true) => Some(Cotangents { loss: Some(&g), lse: Some(&negative), ..Cotangents::default() }),
+            // Float32 cotangents do not single it out exactly.
+            _ => None,
+        };
+        for (cotangents, of_hidden, of_unembedding) in [
+            (Some(lse_part), Stage::DHiddenLse, Stage::DUnembeddingLse),
+            (label_part, Stage::DHiddenLabel, Stage::DUnembeddingLabel),
+        ] {
+            let Some(cotangents) = cotangents else { continue };
             self.kernel.backward(problem, &forward.lse, cotangents, gradients(&mut dq, &mut dk))?;
             add(of_hidden, &dq);
             add(of_unembedding, &dk);

@@ -78,6 +78,11 @@ impl Fit {
     fn at_floor(&self) -> bool {
         self.all().all(|t| t.of_limit <= 1.0)
     }
+
+    /// Whether what is left may be the fault itself in another order of summation.
+    fn near_floor(&self) -> bool {
+        self.all().all(|t| t.of_limit <= 2.0)
+    }
 }
 
 impl Case<'_> {
@@ -149,14 +154,20 @@ impl Case<'_> {
         if self.nonfinite() {
             return vec![self.nonfinite_finding()];
         }
-        let base = self.fit(&Counterfactual::default(), Touches::ALL, None);
+        let mut base = self.fit(&Counterfactual::default(), Touches::ALL, None);
+        // A tensor may diverge with its norm at the floor: by a factor, or in few elements.
+        let fits = base.microbatches.iter_mut().flatten().chain(&mut base.accumulated);
+        for (fit, _) in fits.zip(self.tensors()).filter(|(_, (_, t))| t.verdict == Verdict::Diverge) {
+            fit.of_limit = f64::INFINITY;
+        }
         let mut findings: Vec<Finding> = Vec::new();
-        let (mut applied, mut current) = (Counterfactual::default(), base.clone());
-        let mut named: Vec<&str> = Vec::new();
-        while findings.len() < MOST_FAULTS && !current.at_floor() {
+        let mut chosen: Vec<Fault> = Vec::new();
+        let mut current = base.clone();
+        while chosen.len() < MOST_FAULTS && !current.at_floor() {
             let mut faults = hypotheses(&self.observed());
-            faults.retain(|f| !named.contains(&f.slug()));
+            faults.retain(|f| chosen.iter().all(|c| c.slug() != f.slug()));
             progress.begin("testing the catalogue's faults", faults.len() as u64);
+            let applied = self.composed(&chosen);
             let faults = self.promising(faults, &applied, &current, progress);
             progress.begin("comparing the best of them", faults.len() as u64);
             let mut fits: Vec<(Fault, Fit)> = faults
@@ -172,15 +183,54 @@ impl Case<'_> {
             fits.sort_by(|a, b| a.1.left().total_cmp(&b.1.left()));
             let Some((finding, place)) = self.name(&fits, &base, &current, findings.len() + 1) else { break };
             let (fault, fit) = fits.swap_remove(place);
-            fault.apply(&mut applied, self.step);
-            named.push(fault.slug());
-            current = fit;
+            chosen.push(fault);
             findings.push(finding);
+            current = fit;
+            if chosen.len() > 1 {
+                current = self.refine(&mut chosen, &mut findings, &base, current);
+            }
         }
-        if !current.at_floor() {
-            findings.push(self.unknown(&base, &current, findings.len() + 1));
+        if current.at_floor() {
+            return findings;
         }
+        // What does not come down to the floor may be something else altogether: it is not named.
+        let nearest = findings.first().map(|f| RunnerUp { cause: f.cause.clone(), explained: f.explained });
+        if !current.near_floor() {
+            findings.clear();
+        }
+        let rank = findings.len() + 1;
+        findings.push(self.unknown(&base, &current, rank, nearest));
         findings
+    }
+
+    fn composed(&self, faults: &[Fault]) -> Counterfactual {
+        let mut computation = Counterfactual::default();
+        faults.iter().for_each(|fault| fault.apply(&mut computation, self.step));
+        computation
+    }
+
+    /// Fits the parameters of the faults found before again, now that another is known beside them.
+    fn refine(&self, chosen: &mut [Fault], findings: &mut [Finding], base: &Fit, mut current: Fit) -> Fit {
+        let all = hypotheses(&self.observed());
+        for i in 0..chosen.len() - 1 {
+            let slug = chosen[i].slug();
+            for other in all.iter().filter(|f| f.slug() == slug) {
+                let mut faults = chosen.to_vec();
+                faults[i] = *other;
+                let fit = self.fit(&self.composed(&faults), Touches::ALL, None);
+                if fit.left() < current.left() {
+                    (chosen[i], current) = (*other, fit);
+                }
+            }
+        }
+        for (i, finding) in findings.iter_mut().enumerate() {
+            let alone = self.fit(&self.composed(&chosen[i..=i]), Touches::ALL, None);
+            let so_far = self.fit(&self.composed(&chosen[..=i]), Touches::ALL, None);
+            finding.explained = 1.0 - alone.left() / base.left();
+            finding.remaining_ratio = so_far.ratio();
+            finding.parameters = chosen[i].parameters();
+        }
+        current
     }
 
     /// The finding that the best fit makes, if it is good enough, and its place among `fits`, which come best first.
@@ -270,7 +320,7 @@ impl Case<'_> {
         }
     }
 
-    fn unknown(&self, base: &Fit, current: &Fit, rank: usize) -> Finding {
+    fn unknown(&self, base: &Fit, current: &Fit, rank: usize, nearest: Option<RunnerUp>) -> Finding {
         let diverging: Vec<String> = self
             .tensors()
             .filter(|(_, t)| t.verdict == Verdict::Diverge)
@@ -298,7 +348,7 @@ impl Case<'_> {
                 diverging.join(", ")
             ),
             remedy: "record the inner stages (lse, label logits, the parts of dQ and dK) to see where it enters".into(),
-            runner_up: None,
+            runner_up: nearest,
             indistinguishable_from: vec![],
         }
     }

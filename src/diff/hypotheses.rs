@@ -163,30 +163,28 @@ impl Observed<'_> {
     }
 }
 
-/// Where a tail of zero rows that should not be 0 begins, in all of `tensors` that have one: at the latest in the first
-/// such row, at the earliest after the last row that is not 0.
+/// Where a tail of zero rows that should not be 0 can begin, in all of `tensors` that have one.
 fn tail<'a>(tensors: impl Iterator<Item = &'a TensorReport>) -> Option<RangeInclusive<usize>> {
-    let of = |t: &TensorReport| {
-        let pattern = t.pattern.as_ref()?;
-        Some((pattern.first_bad?, pattern.rows.first()?[0]))
-    };
-    let (first, last) = tensors.filter_map(of).reduce(|a, b| (a.0.max(b.0), a.1.min(b.1)))?;
+    let [first, last] = tensors.filter_map(|t| t.zero_tail).reduce(|a, b| [a[0].max(b[0]), a[1].min(b[1])])?;
     Some(first..=last)
 }
 
+/// Factors near the fitted one: whole numbers and their reciprocals, which need no other fault beside them, before the fit itself.
 fn factors_of(tensor: &TensorReport) -> Vec<f64> {
     let Some(alpha) = tensor.scale.filter(|a| *a != 0.0) else { return vec![] };
     let whole = if alpha.abs() >= 1.0 { alpha.round() } else { 1.0 / (1.0 / alpha).round() };
-    let mut out = vec![alpha];
-    if (whole / alpha - 1.0).abs() < NEAR && whole != 1.0 {
-        // A whole number is a better explanation than the fit next to it.
-        out = vec![whole];
+    let off = (whole / alpha - 1.0).abs();
+    match whole {
+        1.0 => vec![alpha],
+        whole if off < EQUAL => vec![whole],
+        whole if off < NEAR => vec![whole, alpha],
+        _ => vec![alpha],
     }
-    out
 }
 
-/// How near a fitted factor must be to a whole number to be it.
-const NEAR: f64 = 2e-3;
+/// How near a fitted factor must be to a whole number to be it, and to be worth trying.
+const EQUAL: f64 = 2e-3;
+const NEAR: f64 = 0.2;
 
 /// Tile sizes whose last whole tile ends in `ends`, the usual ones first.
 fn tiles_that_end_in(ends: Option<RangeInclusive<usize>>, of: usize) -> impl Iterator<Item = usize> {

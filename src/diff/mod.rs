@@ -221,21 +221,23 @@ impl View<'_> {
 
     /// Judges a candidate under the strictest of its contracts under which it agrees.
     ///
-    /// Where none fits, it is judged under the strictest that its dQ fits: a kernel that rounds dlogits shows it there, so a
-    /// contract whose floor dQ stays far below is not the one that it keeps.
+    /// Where none fits, it is judged under the strictest that its dQ fits. A kernel that rounds dlogits shows it in dQ and in
+    /// dK: a contract whose floor one of them stays far below, in every microbatch, is not the one that it keeps.
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
         let mut chosen: Option<CandidateReport> = None;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
             let compared = self.compare(run_id, produced, contract)?;
             self.progress.advance(1);
-            if chosen.is_some() && d_hidden(&compared).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW)) {
+            let far_below = |stage| reports(&compared, stage).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW));
+            if chosen.is_some() && (far_below(Stage::DHidden) || far_below(Stage::DUnembedding)) {
                 break;
             }
             if compared.verdict == Verdict::Agree {
                 return Ok(compared);
             }
-            let fits = |report| d_hidden(report).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree));
+            let fits =
+                |report| reports(report, Stage::DHidden).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree));
             if !chosen.as_ref().is_some_and(fits) {
                 chosen = Some(compared);
             }
@@ -319,9 +321,9 @@ impl View<'_> {
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.
 const FAR_BELOW: f64 = 0.6;
 
-/// The comparisons of dQ; `None` if the candidate has none.
-fn d_hidden(report: &CandidateReport) -> Option<impl Iterator<Item = &TensorReport>> {
-    let tensors = || report.microbatches.iter().flat_map(|m| &m.tensors).filter(|t| t.name == Stage::DHidden.name());
+/// The comparisons of a stage, in every microbatch that has it; `None` if the candidate does not.
+fn reports(report: &CandidateReport, stage: Stage) -> Option<impl Iterator<Item = &TensorReport>> {
+    let tensors = move || report.microbatches.iter().flat_map(|m| &m.tensors).filter(move |t| t.name == stage.name());
     tensors().next().map(|_| tensors())
 }
 

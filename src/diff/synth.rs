@@ -7,6 +7,7 @@ use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Inputs, Layout, Problem, Shape};
+use fused_xent_kernels::reduction::Microbatches;
 use half::bf16;
 use ndarray::{Array2, s};
 use rand::distr::Distribution;
@@ -96,6 +97,26 @@ impl Default for SynthOptions {
 }
 
 impl SynthOptions {
+    /// The same with `fault` planted, and with the loss and the shape that it needs to change anything.
+    pub fn planting(mut self, fault: Fault) -> Self {
+        let options = &mut self.loss.options;
+        match fault {
+            Fault::ValidVocabIgnored => options.valid_vocab = Some(self.vocab - self.vocab / 25),
+            Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => options.logit_softcap = Some(8.0),
+            Fault::ZlossGradientMissing => options.z_loss = 1e-3,
+            Fault::LabelSmoothingIgnored => options.label_smoothing = 0.1,
+            Fault::LogitScaleIgnored => options.logit_scale = 0.5,
+            Fault::MeanOfMeans => self.loss.reduction.microbatches = Microbatches::Global,
+            Fault::DqCotangentMissing { .. } | Fault::DkCotangentMissing { .. } => self.loss.reduction.cotangent = 0.125,
+            Fault::TokenWeightsIgnored | Fault::FirstCotangentForAll => self.weights = true,
+            Fault::TokenTailDropped { tile } => self.tokens = with_tail(self.tokens, tile),
+            Fault::VocabTailDropped { tile } => self.vocab = with_tail(self.vocab, tile),
+            _ => {}
+        }
+        self.faults.push(fault);
+        self
+    }
+
     fn validate(&self) -> Result<(), DiffError> {
         let positive = [
             ("--tokens", self.tokens),
@@ -118,6 +139,11 @@ impl SynthOptions {
         }
         Ok(())
     }
+}
+
+/// `of`, or a number near it that is a whole number of tiles and a ragged one.
+fn with_tail(of: usize, tile: usize) -> usize {
+    if of > tile && !of.is_multiple_of(tile) { of } else { (of / tile).max(1) * tile + tile.div_ceil(3) }
 }
 
 /// The inputs of a step.

@@ -157,6 +157,9 @@ pub struct TensorReport {
     pub out_of_bound: usize,
     /// The element furthest from the reference.
     pub worst: Option<Worst>,
+    /// From where on all rows are 0 that should not be: after the last row that is not 0, and the first that is so wrongly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_tail: Option<[usize; 2]>,
     /// How the error lies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,

@@ -32,6 +32,7 @@ pub fn tensor(name: &str, rel_l2: f64, floor: f64) -> TensorReport {
             candidate: 1.2345e-3,
             reference: 1.23e-3,
         }),
+        zero_tail: None,
         pattern: None,
     }
 }

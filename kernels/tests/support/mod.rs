@@ -126,28 +126,29 @@ pub struct Verdict {
     /// ‖candidate − reference‖₂ over the floor, and over what no accident exceeds.
     pub ratio: f64,
     pub of_limit: f64,
-    /// Elements beyond their bound.
-    pub breaches: usize,
+    /// Elements beyond their bound: candidate, reference, bound.
+    pub breaches: Vec<(f64, f64, f64)>,
 }
 
 impl Verdict {
     pub fn honest(&self) -> bool {
-        (self.ratio <= 1.5 || self.of_limit <= 1.0) && self.breaches == 0
+        (self.ratio <= 1.5 || self.of_limit <= 1.0) && self.breaches.is_empty()
     }
 }
 
 pub fn judge(error: &Error, output: Precision, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> Verdict {
     let tolerance = error.tolerance(reference, output);
     let deviation = candidate.iter().zip(reference).map(|(c, r)| (c - r).powi(2)).sum::<f64>().sqrt();
-    let beyond = |((row, column), c): ((usize, usize), &f64)| {
+    let beyond = |((row, column), &c): ((usize, usize), &f64)| {
         let truth = reference[[row, column]];
-        (c - truth).abs() > tolerance.bound(row, column, truth)
+        let bound = tolerance.bound(row, column, truth);
+        ((c - truth).abs() > bound).then_some((c, truth, bound))
     };
     let rows = 0..reference.nrows();
     Verdict {
         ratio: over(deviation, tolerance.l2(rows.clone())),
         of_limit: over(deviation, tolerance.limit(rows)),
-        breaches: candidate.indexed_iter().filter(|&e| beyond(e)).count(),
+        breaches: candidate.indexed_iter().filter_map(beyond).collect(),
     }
 }
 

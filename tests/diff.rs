@@ -1,0 +1,280 @@
+//! The engine on whole dumps: no false alarm on honest gradients, no false pass on wrong ones, and the right cause.
+
+use fused_xent::diff::fault::{CATALOGUE, Fault};
+use fused_xent::diff::synth::{Regime, SynthOptions, synth};
+use fused_xent::diff::{Candidate, DiffError, Settings, judge};
+use fused_xent::dump::{Dump, Elements, Folder, FolderId, FolderWriter, LossSettings, Placement, Run};
+use fused_xent::kernels::contract::Precision;
+use fused_xent::kernels::problem::{Floats, LossOptions};
+use fused_xent::kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
+use fused_xent::report::model::{CandidateReport, Confidence, Report, Verdict};
+use proptest::prelude::*;
+use std::path::Path;
+use tempfile::TempDir;
+
+fn small() -> SynthOptions {
+    SynthOptions { tokens: 120, hidden: 32, vocab: 400, ..SynthOptions::default() }
+}
+
+fn make(options: &SynthOptions) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    synth(folder.path(), options, &()).unwrap();
+    folder
+}
+
+fn judge_recorded(path: &Path) -> Report {
+    let settings = Settings { candidates: vec![Candidate::Recorded], ..Settings::default() };
+    judge(path, &settings, &()).unwrap()
+}
+
+fn only(report: &Report) -> &CandidateReport {
+    assert_eq!(report.candidates.len(), 1);
+    &report.candidates[0]
+}
+
+fn causes(report: &Report) -> Vec<&str> {
+    report.candidates.iter().flat_map(|c| &c.findings).map(|f| f.cause.as_str()).collect()
+}
+
+fn any_loss(vocab: usize) -> impl Strategy<Value = LossSettings> {
+    let options = (
+        prop::option::of(1..=vocab),
+        prop::sample::select(vec![1.0, 0.3]),
+        prop::option::of(Just(10.0)),
+        prop::sample::select(vec![0.0, 1e-3]),
+        prop::sample::select(vec![0.0, 0.1]),
+    );
+    let reduction = (
+        prop::sample::select(vec![Reduction::Mean, Reduction::Sum]),
+        prop::sample::select(vec![Denominator::Valid, Denominator::Tokens, Denominator::Given(77.0)]),
+        prop::sample::select(vec![Microbatches::Mean, Microbatches::Sum, Microbatches::Global]),
+        prop::sample::select(vec![1.0, 1e-6, 8.0]),
+    );
+    (options, reduction).prop_map(|((valid_vocab, logit_scale, logit_softcap, z_loss, label_smoothing), r)| LossSettings {
+        options: LossOptions { valid_vocab, logit_scale, logit_softcap, z_loss, label_smoothing, ..LossOptions::default() },
+        reduction: StepReduction { reduction: r.0, denominator: r.1, microbatches: r.2, cotangent: r.3 },
+        ..LossSettings::default()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Honest gradients of any shape, regime, loss, precision and number of processes agree: recorded ones and the kernel's.
+    #[test]
+    fn honest_gradients_raise_no_alarm(
+        tokens in prop::sample::select(vec![1usize, 2, 7, 64, 100]),
+        hidden in prop::sample::select(vec![1usize, 5, 32]),
+        (vocab, loss) in prop::sample::select(vec![1usize, 3, 100, 300]).prop_flat_map(|v| (Just(v), any_loss(v))),
+        regime in prop::sample::select(vec![Regime::Initial, Regime::Unit, Regime::Trained, Regime::Large, Regime::Huge]),
+        microbatches in 1..4usize,
+        masked in prop::sample::select(vec![0.0, 0.2, 0.9]),
+        (weights, narrow, spread) in any::<(bool, bool, bool)>(),
+        seed in any::<u64>(),
+    ) {
+        let processes = if spread { tokens.min(vocab).min(3) } else { 1 };
+        let gradients = if narrow { Precision::Bf16 } else { Precision::F32 };
+        let options = SynthOptions { tokens, hidden, vocab, microbatches, processes, regime, masked, weights, loss, gradients, seed, ..SynthOptions::default() };
+        let folder = make(&options);
+        let report = judge(folder.path(), &Settings::default(), &()).unwrap();
+        prop_assert_eq!(report.candidates.len(), 2);
+        for candidate in &report.candidates {
+            let reasons: Vec<_> = candidate.microbatches.iter().flat_map(|m| &m.tensors).chain(candidate.accumulated.iter().flat_map(|a| &a.tensors))
+                .filter_map(|t| t.reason.as_ref().map(|r| format!("{}: {r}", t.name))).collect();
+            prop_assert_eq!(candidate.verdict, Verdict::Agree, "{}: {:?}", candidate.candidate, reasons);
+        }
+    }
+}
+
+/// The regime in which a fault of rounding rises above the floor.
+fn telling_regime(fault: Fault) -> Regime {
+    match fault {
+        Fault::VocabPadUnmasked { .. } => Regime::Initial,
+        Fault::LogitsBf16Forward | Fault::LogitsBf16Backward | Fault::LogitsBf16Both => Regime::Large,
+        _ => Regime::Trained,
+    }
+}
+
+#[test]
+fn every_fault_of_the_catalogue_is_named() {
+    let mut missed = Vec::new();
+    for entry in CATALOGUE {
+        let options = SynthOptions { regime: telling_regime(entry.example), gradients: Precision::F32, ..small() };
+        let report = judge_recorded(make(&options.planting(entry.example)).path());
+        let candidate = only(&report);
+        let named = candidate
+            .findings
+            .first()
+            .is_some_and(|f| f.cause == entry.slug || f.indistinguishable_from.contains(&entry.slug.to_owned()));
+        if report.verdict != Verdict::Diverge || !named || candidate.findings.len() != 1 {
+            missed.push(format!("{}: {:?} {:?}", entry.slug, report.verdict, causes(&report)));
+        }
+    }
+    // These two are what honest bf16 kernels do, or cannot be told from it without a declared contract.
+    missed.retain(|m| !["dlogits-bf16: Agree []", "prob-minus-one-bf16: Agree []"].contains(&m.as_str()));
+    assert!(missed.is_empty(), "{missed:#?}");
+}
+
+/// A copy of the dump `from` whose gradients `change` has gone through: it gets the name, the values row-major, and the row length.
+fn rewritten(from: &Path, change: impl Fn(&str, &mut [f64], usize)) -> TempDir {
+    let to = tempfile::tempdir().unwrap();
+    let dump = Dump::open(from).unwrap();
+    let run = &dump.runs()[0];
+    let step = &run.steps[&0];
+    for (microbatch, folder) in step.microbatches.iter().map(|(&m, folder)| (Some(m), folder)).chain([(None, &step.shared)]) {
+        copy_folder(to.path(), run, microbatch, folder, &change);
+    }
+    to
+}
+
+fn copy_folder(to: &Path, run: &Run, microbatch: Option<usize>, folder: &Folder, change: &impl Fn(&str, &mut [f64], usize)) {
+    let step = &run.steps[&0];
+    let id = FolderId {
+        run_id: run.run_id.clone(),
+        producer: run.producer.clone(),
+        step: 0,
+        microbatch,
+        num_microbatches: step.num_microbatches,
+        process_index: 0,
+        process_count: 1,
+        loss: step.loss,
+    };
+    let mut writer = FolderWriter::create(to, id).unwrap();
+    for info in folder.tensors() {
+        let tensor = folder.load(&info.name).unwrap().unwrap().tensor;
+        let placement = Placement::whole(tensor.shape());
+        if info.name.starts_with("d_") {
+            let mut values = tensor.to_f64();
+            change(&info.name, &mut values, tensor.shape()[1]);
+            let narrow: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+            writer.tensor(&info.name, Elements::F32(&narrow), &placement).unwrap();
+            continue;
+        }
+        match (tensor.floats(), tensor.targets()) {
+            (Some(Floats::Bf16(values)), _) => writer.tensor(&info.name, Elements::Bf16(values), &placement).unwrap(),
+            (Some(Floats::F32(values)), _) => writer.tensor(&info.name, Elements::F32(values), &placement).unwrap(),
+            (_, Some(fused_xent::kernels::problem::Targets::I32(ids))) => {
+                writer.tensor(&info.name, Elements::I32(ids), &placement).unwrap();
+            }
+            other => panic!("{}: {other:?}", info.name),
+        }
+    }
+    if microbatch.is_some() {
+        writer.unembedding_from_shared().unwrap();
+    }
+    writer.commit().unwrap();
+}
+
+#[test]
+fn wrong_gradients_never_pass() {
+    let healthy = make(&SynthOptions { regime: Regime::Unit, gradients: Precision::F32, ..small() });
+    assert_eq!(
+        judge_recorded(rewritten(healthy.path(), |_, _, _| {}).path()).verdict,
+        Verdict::Agree,
+        "the copy itself is healthy"
+    );
+    type Change = fn(&str, &mut [f64], usize);
+    let wrong: [(&str, &[&str], Change); 6] = [
+        ("zeros", &["unknown", "not-averaged"], |_, x, _| x.fill(0.0)),
+        ("a row shift", &["unknown"], |_, x, row| x.rotate_right(row)),
+        ("another sign", &["not-averaged"], |_, x, _| x.iter_mut().for_each(|x| *x = -*x)),
+        ("1 % too large", &["not-averaged"], |_, x, _| x.iter_mut().for_each(|x| *x *= 1.01)),
+        ("one row of dQ twice as large", &["unknown"], |name, x, row| {
+            if name == "d_hidden" {
+                x[40 * row..41 * row].iter_mut().for_each(|x| *x *= 2.0);
+            }
+        }),
+        ("one element of dK off by a tenth of its row", &["unknown"], |name, x, row| {
+            if name == "d_unembedding" {
+                x[0] += 0.1 * x[..row].iter().map(|x| x.abs()).sum::<f64>() / row as f64;
+            }
+        }),
+    ];
+    for (what, expected, change) in wrong {
+        let report = judge_recorded(rewritten(healthy.path(), change).path());
+        assert_eq!(report.verdict, Verdict::Diverge, "{what}");
+        let causes = causes(&report);
+        assert!(!causes.is_empty() && causes.iter().all(|c| expected.contains(c)), "{what}: {causes:?}");
+    }
+}
+
+#[test]
+fn a_nan_is_located_and_left_out_of_the_other_figures() {
+    let healthy = make(&small());
+    let report = judge_recorded(
+        rewritten(healthy.path(), |name, x, row| {
+            if name == "d_hidden" {
+                x[7 * row + 3] = f64::NAN;
+            }
+        })
+        .path(),
+    );
+    let candidate = only(&report);
+    assert_eq!(causes(&report), ["nonfinite"]);
+    let tensor = candidate.microbatches[0].tensors.iter().find(|t| t.name == "d_hidden").unwrap();
+    assert_eq!((tensor.verdict, tensor.nonfinite, tensor.shape), (Verdict::Diverge, 1, [120, 32]));
+    assert!(tensor.ratio < 1.5, "the rest is healthy: {}", tensor.ratio);
+}
+
+#[test]
+fn a_large_fault_does_not_hide_a_second_one() {
+    let options = SynthOptions { gradients: Precision::F32, ..small() }
+        .planting(Fault::VocabTailDropped { tile: 128 })
+        .planting(Fault::DkCotangentMissing { factor: 8.0 });
+    let report = judge_recorded(make(&options).path());
+    let mut found = causes(&report);
+    found.sort_unstable();
+    assert_eq!(found, ["dk-cotangent-missing", "vocab-tail-dropped"]);
+    assert!(only(&report).findings[1].remaining_ratio < 1.5);
+}
+
+#[test]
+fn parameters_are_found_not_guessed() {
+    for (fault, name, value) in [
+        (Fault::VocabPadUnmasked { pad: 112 }, "pad", 112),
+        (Fault::DkAccumulateBf16 { chunks: 8, parts_rounded: false }, "chunks", 8),
+        (Fault::LabelTileEdge { tile: 32 }, "tile", 32),
+        (Fault::DqNotReduced { shards: 4, shard: 2 }, "shard", 2),
+        (Fault::NotAveraged { factor: 3.0 }, "factor", 3),
+    ] {
+        let options = SynthOptions { regime: Regime::Initial, gradients: Precision::F32, ..small() }.planting(fault);
+        let report = judge_recorded(make(&options).path());
+        let finding = &only(&report).findings[0];
+        assert_eq!(finding.cause, fault.slug());
+        assert_eq!(finding.parameters[name].as_f64(), Some(f64::from(value)), "{}: {:?}", fault.slug(), finding.parameters);
+        assert_eq!(finding.confidence, Confidence::Certain, "{}", fault.slug());
+    }
+}
+
+#[test]
+fn the_number_of_processes_makes_no_difference() {
+    let options = small().planting(Fault::LabelMissing);
+    let one = judge_recorded(make(&options).path());
+    let three = judge_recorded(make(&SynthOptions { processes: 3, ..options }).path());
+    assert_eq!(three.dump.processes, 3);
+    let candidates = |r: &Report| serde_json::to_value(&r.candidates).unwrap();
+    assert_eq!(candidates(&one), candidates(&three));
+}
+
+#[test]
+fn what_is_not_there_is_said() {
+    let folder = make(&small());
+    let judge = |settings| judge(folder.path(), &settings, &());
+    let error = judge(Settings { step: Some(7), ..Settings::default() }).unwrap_err().to_string();
+    assert!(error.starts_with("no step 7 to judge: the dump at ") && error.ends_with("has steps 0"), "{error}");
+    assert!(matches!("cpu:abacus".parse::<Candidate>(), Err(DiffError::UnknownCandidate { .. })));
+    let report = judge(Settings { microbatch: Some(1), ..Settings::default() }).unwrap();
+    assert!(report.candidates.iter().all(|c| c.microbatches.len() == 1 && c.accumulated.is_none()));
+}
+
+#[test]
+fn an_unknown_fault_is_told_the_nearest() {
+    let error = Fault::parse("label-scater-bf16").unwrap_err().to_string();
+    assert!(error.contains("the nearest known one is \"label-scatter-bf16\""), "{error}");
+    let error = Fault::parse("vocab-tail-dropped:size=3").unwrap_err().to_string();
+    assert_eq!(error, "fault vocab-tail-dropped: cannot take \"size=3\"; its parameters, as name=number: tile");
+    assert_eq!(Fault::parse("vocab-tail-dropped:tile=96").unwrap(), Fault::VocabTailDropped { tile: 96 });
+    let nothing = SynthOptions { faults: vec![Fault::ZlossGradientMissing], ..small() };
+    let error = synth(&tempfile::tempdir().unwrap().path().join("dump"), &nothing, &()).unwrap_err();
+    assert!(matches!(error, DiffError::FaultWithoutEffect { .. }), "{error}");
+}
