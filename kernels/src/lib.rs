@@ -5,7 +5,14 @@
 //! P = exp(z − lse); g = per-token cotangent; dlogits = g·(P − onehot); dQ = dlogits·K; dK = dlogitsᵀ·Q.
 
 pub mod contract;
+mod cpu;
+mod elementwise;
 pub mod floor;
+mod gemm;
 pub mod problem;
 pub mod reduction;
 pub mod reference;
+mod tiled;
+pub mod vjp;
+
+pub use vjp::{Cotangents, Forward, GradientMut, Gradients, Kernel, Predictions};

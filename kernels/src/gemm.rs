@@ -1,0 +1,286 @@
+//! One packed, blocked matrix product: C[i, j] += Σ_p A(i, p)·B(j, p), over operands of any float type and either layout.
+//!
+//! C is cut into tiles whose size depends on its shape alone. One task computes one tile: it walks the sum in blocks of
+//! [`DEPTH`] terms, packs the two operands' share into panels (converting to the instruction set's element), and adds each
+//! block's product to C. So every element is summed by one task in one order, whatever the number of threads.
+//!
+//! Panels at the border of a tile are filled up with zeros, and what those produce is dropped. Zero, since a panel that is
+//! filled up in the depth must add nothing; dropped, since 0·NaN would add something.
+
+use crate::cpu::Isa;
+use crate::problem::Floats;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Terms of the sum that are packed at a time: a pair of panels stays in the first-level cache.
+pub(crate) const DEPTH: usize = 256;
+/// Rows of the left operand that are packed at a time: they stay in the second-level cache.
+const LEFT_ROWS: usize = 256;
+/// A tile of C is cut no smaller than this in either direction.
+const LEAST_TILE: usize = 128;
+/// Nor left any larger than this.
+const GREATEST_TILE: usize = 1024;
+/// As many tiles as keep the cores of a large machine busy.
+const ENOUGH_TILES: usize = 16;
+
+/// How an operand's index becomes an offset: `stride` times the index, or times what a list has at that index.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Axis<'a> {
+    pub stride: usize,
+    pub gather: Option<&'a [u32]>,
+}
+
+impl Axis<'_> {
+    #[inline(always)]
+    fn offset(&self, i: usize) -> usize {
+        self.stride * self.gather.map_or(i, |list| list[i] as usize)
+    }
+
+    fn is_contiguous(&self) -> bool {
+        self.stride == 1 && self.gather.is_none()
+    }
+}
+
+/// A matrix to multiply: element (i, p) lies at `base + outer(i) + depth(p)`. One of the two axes is contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand<'a> {
+    pub data: Floats<'a>,
+    pub base: usize,
+    pub outer: Axis<'a>,
+    pub depth: Axis<'a>,
+}
+
+/// The matrix to add to: element (i, j) lies at `i·row + j·column`; one of the two is 1.
+pub(crate) struct Output<'a> {
+    pointer: *mut f32,
+    rows: usize,
+    columns: usize,
+    row: usize,
+    column: usize,
+    _borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is an exclusive borrow of a slice of floats, which may be sent.
+unsafe impl Send for Output<'_> {}
+// SAFETY: a shared reference to it gives no access but through `row_mut`, whose contract forbids overlap.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// The `rows` × `columns` matrix whose element (i, j) is `data[i·row + j·column]`.
+    pub fn new(data: &'a mut [f32], [rows, columns]: [usize; 2], [row, column]: [usize; 2]) -> Self {
+        assert!(row == 1 || column == 1, "one direction is contiguous");
+        if rows > 0 && columns > 0 {
+            assert!((rows - 1) * row + (columns - 1) * column < data.len(), "the matrix lies in its slice");
+        }
+        Self { pointer: data.as_mut_ptr(), rows, columns, row, column, _borrow: PhantomData }
+    }
+
+    fn transpose(&mut self) {
+        std::mem::swap(&mut self.rows, &mut self.columns);
+        std::mem::swap(&mut self.row, &mut self.column);
+    }
+
+    /// # Safety
+    /// The range lies in the matrix, `column` is 1, and no other part of it that is in use overlaps.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn row_mut(&self, i: usize, columns: Range<usize>) -> &mut [f32] {
+        debug_assert!(self.column == 1 && i < self.rows && columns.end <= self.columns);
+        // SAFETY: `new` checked that the last element lies in the slice, so this part does; the caller rules out overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.add(i * self.row + columns.start), columns.len()) }
+    }
+}
+
+/// Whether a product replaces C or adds to it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Write {
+    Set,
+    Add,
+}
+
+/// C = Σ_p A(i, p)·B(j, p) over p in 0..`depth`, or C += that.
+pub(crate) fn product<I: Isa>(isa: I, left: Operand, right: Operand, depth: usize, mut c: Output, write: Write) {
+    let (mut left, mut right) = (left, right);
+    if c.column != 1 {
+        std::mem::swap(&mut left, &mut right);
+        c.transpose();
+    }
+    let [height, width] = tile_shape(c.rows, c.columns);
+    let (down, across) = (c.rows.div_ceil(height), c.columns.div_ceil(width));
+    (0..down * across).into_par_iter().for_each_init(Panels::<I>::default, |panels, tile| {
+        let (i, j) = (tile % down * height, tile / down * width);
+        let rows = i..(i + height).min(c.rows);
+        let columns = j..(j + width).min(c.columns);
+        // SAFETY: the tiles are disjoint, and each is computed once.
+        isa.vectorize(|| unsafe { one_tile(isa, panels, &left, &right, depth, &c, rows, columns, write) });
+    });
+}
+
+/// The tiles of a `rows` × `columns` matrix: large, for the sake of packing, but enough of them.
+fn tile_shape(rows: usize, columns: usize) -> [usize; 2] {
+    let [mut height, mut width] = [rows, columns].map(|n| n.next_power_of_two().clamp(LEAST_TILE, GREATEST_TILE));
+    while rows.div_ceil(height) * columns.div_ceil(width) < ENOUGH_TILES && height.max(width) > LEAST_TILE {
+        let larger = if height > width { &mut height } else { &mut width };
+        *larger /= 2;
+    }
+    [height, width]
+}
+
+/// Scratch of one task.
+struct Panels<I: Isa> {
+    left: Vec<I::Packed>,
+    right: Vec<I::Packed>,
+    acc: Vec<f32>,
+}
+
+impl<I: Isa> Default for Panels<I> {
+    fn default() -> Self {
+        Self { left: Vec::new(), right: Vec::new(), acc: vec![0.0; I::MR * I::NR] }
+    }
+}
+
+/// # Safety
+/// `rows` and `columns` lie in `c`, whose `column` is 1, and nobody else uses that part of it meanwhile.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn one_tile<I: Isa>(
+    isa: I,
+    panels: &mut Panels<I>,
+    left: &Operand,
+    right: &Operand,
+    depth: usize,
+    c: &Output,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    write: Write,
+) {
+    for start in (0..depth).step_by(DEPTH) {
+        let terms = start..(start + DEPTH).min(depth);
+        let packed_terms = terms.len().next_multiple_of(I::KU);
+        let set = start == 0 && write == Write::Set;
+        pack::<I>(right, columns.clone(), terms.clone(), I::NR, &mut panels.right);
+        for first in rows.clone().step_by(LEFT_ROWS) {
+            let block = first..(first + LEFT_ROWS).min(rows.end);
+            pack::<I>(left, block.clone(), terms.clone(), I::MR, &mut panels.left);
+            for (r, j) in panels.right.chunks_exact(packed_terms * I::NR).zip(columns.clone().step_by(I::NR)) {
+                let across = j..(j + I::NR).min(columns.end);
+                for (l, i) in panels.left.chunks_exact(packed_terms * I::MR).zip(block.clone().step_by(I::MR)) {
+                    isa.product(l, r, &mut panels.acc);
+                    for (i, acc) in (i..block.end).zip(panels.acc.chunks_exact(I::NR)) {
+                        // SAFETY: `across` lies in `columns` and i in `rows`.
+                        let c = unsafe { c.row_mut(i, across.clone()) };
+                        if set {
+                            c.copy_from_slice(&acc[..c.len()]);
+                        } else {
+                            c.iter_mut().zip(acc).for_each(|(c, acc)| *c += acc);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Packs `outer` × `terms` of `x` into panels of `width` outer indices each, terms outermost within a panel.
+#[inline(always)]
+fn pack<I: Isa>(x: &Operand, outer: Range<usize>, terms: Range<usize>, width: usize, out: &mut Vec<I::Packed>) {
+    let panel = terms.len().next_multiple_of(I::KU) * width;
+    out.resize(outer.len().div_ceil(width) * panel, I::Packed::default());
+    if !outer.len().is_multiple_of(width) || !terms.len().is_multiple_of(I::KU) {
+        out.fill(I::Packed::default());
+    }
+    match x.data {
+        Floats::Bf16(s) => pack_from::<I, bf16>(s, x, outer, terms, width, out, panel),
+        Floats::F16(s) => pack_from::<I, f16>(s, x, outer, terms, width, out, panel),
+        Floats::F32(s) => pack_from::<I, f32>(s, x, outer, terms, width, out, panel),
+    }
+}
+
+#[inline(always)]
+fn pack_from<I: Isa, E: Element>(
+    data: &[E],
+    x: &Operand,
+    outer: Range<usize>,
+    terms: Range<usize>,
+    width: usize,
+    out: &mut [I::Packed],
+    panel: usize,
+) {
+    let at = |p: usize, i: usize| p / I::KU * width * I::KU + i * I::KU + p % I::KU;
+    for (out, first) in out.chunks_exact_mut(panel).zip(outer.clone().step_by(width)) {
+        let count = width.min(outer.end - first);
+        if x.outer.is_contiguous() {
+            for (p, term) in terms.clone().enumerate() {
+                let start = x.base + first + x.depth.offset(term);
+                let group = &mut out[at(p, 0)..];
+                if count == width {
+                    let source = &data[start..start + width];
+                    for i in 0..width {
+                        group[i * I::KU] = I::pack(source[i].widen());
+                    }
+                } else {
+                    for (i, value) in data[start..start + count].iter().enumerate() {
+                        group[i * I::KU] = I::pack(value.widen());
+                    }
+                }
+            }
+        } else {
+            debug_assert!(x.depth.is_contiguous());
+            for i in 0..count {
+                let start = x.base + x.outer.offset(first + i);
+                let source = &data[start + terms.start..start + terms.end];
+                for (group, values) in out.chunks_exact_mut(width * I::KU).zip(source.chunks(I::KU)) {
+                    for (q, value) in values.iter().enumerate() {
+                        group[i * I::KU + q] = I::pack(value.widen());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A float that widens to f32 without a rounding, in few instructions that vectorise.
+trait Element: Copy {
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        // The 15 bits without the sign, read as a float, are the number times 2⁻¹¹², subnormal or not.
+        let scaled = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+        let infinite_or_nan = if bits & 0x7c00 == 0x7c00 { 0xff << 23 } else { 0 };
+        f32::from_bits(scaled.to_bits() | infinite_or_nan | (bits & 0x8000) << 16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_float_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (h, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+            let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+            assert!(same(h.widen(), h.to_f32()), "{h:?}");
+            assert!(same(b.widen(), b.to_f32()), "{b:?}");
+        }
+    }
+}
