@@ -410,8 +410,10 @@ impl<'a> Builder<'a> {
             }
             let certain = (factor * slope).abs() * (p * (CERTAIN * deviation).exp_m1()).min(1.0)
                 + CERTAIN * ((factor * p).abs() + at_label.abs() + constant.abs()) * slope_variance.sqrt();
+            // P itself may be flushed, before it is multiplied.
+            let flushed = (factor * slope).abs() * SMALLEST_NORMAL;
             for (i, s) in [lse_part, label_part, sum].into_iter().enumerate() {
-                let error = if i == 1 { 0.0 } else { certain } + 2.0 * rounding * s.abs() + SMALLEST_NORMAL;
+                let error = if i == 1 { 0.0 } else { certain + flushed } + 2.0 * rounding * s.abs() + SMALLEST_NORMAL;
                 self.out.unembedding.each_mut()[i].bound_rows[v] += error + over_tokens * s.abs();
                 hidden_rows[i] += error + over_vocab * s.abs();
             }

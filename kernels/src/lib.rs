@@ -12,6 +12,7 @@ mod gemm;
 pub mod problem;
 pub mod reduction;
 pub mod reference;
+pub mod shard;
 mod tiled;
 pub mod vjp;
 

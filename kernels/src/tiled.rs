@@ -16,19 +16,20 @@
 //! Masked tokens and padding columns are never read: they are in no block and no chunk. What fills the last panels of a
 //! product is the one padding there is; see [`crate::gemm`].
 //!
-//! Every sum runs in an order fixed by the problem and the workspace: per row in tiles of [`STATS_TILE`] columns, in the
+//! Every sum runs in an order fixed by the problem and the workspace: per row in tiles of [`ROW_TILE`] columns, in the
 //! products as [`crate::gemm`] says. A chunk is a multiple of both, so the forward depends on the problem alone.
 
 use crate::cpu::Isa;
 use crate::elementwise::{self, exp, tanh};
 use crate::gemm::{self, Axis, Operand, Output, Write};
 use crate::problem::{Floats, Label, Layout, LossOptions, Problem};
+use crate::shard::TokenPartial;
 use crate::vjp::{Cotangents, GradientMut};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Columns over which a row's max and sum are taken at a time; chunks are multiples of it.
-const STATS_TILE: usize = gemm::DEPTH;
+const ROW_TILE: usize = gemm::DEPTH;
 /// A block has no fewer tokens (unless there are no more): below, packing K costs more than multiplying by it.
 const LEAST_TOKENS: usize = 64;
 /// Nor does it gain from more than these.
@@ -56,7 +57,7 @@ impl Plan {
     pub fn new(problem: &Problem, workspace: usize, reuse: Reuse) -> Self {
         let active = problem.labels().iter().filter(|&&l| l != Label::Masked).count().max(1);
         let columns = problem.valid_columns().max(1);
-        let elements = (workspace / size_of::<f32>()).max(LEAST_TOKENS * STATS_TILE);
+        let elements = (workspace / size_of::<f32>()).max(LEAST_TOKENS * ROW_TILE);
         let whole = (elements / columns).min(MOST_TOKENS);
         let wanted = match reuse {
             Reuse::WholeRows => LEAST_TOKENS,
@@ -65,8 +66,8 @@ impl Plan {
         if whole >= active.min(wanted) {
             return Self { tokens: even(active, whole), columns };
         }
-        let tokens = even(active, (elements / STATS_TILE).min(MOST_TOKENS / 2));
-        Self { tokens, columns: (elements / tokens / STATS_TILE * STATS_TILE).clamp(STATS_TILE, columns.max(STATS_TILE)) }
+        let tokens = even(active, (elements / ROW_TILE).min(MOST_TOKENS / 2));
+        Self { tokens, columns: (elements / tokens / ROW_TILE * ROW_TILE).clamp(ROW_TILE, columns.max(ROW_TILE)) }
     }
 
     /// Floats in the workspace.
@@ -85,110 +86,53 @@ fn even(total: usize, most: usize) -> usize {
     if most > LEAST_TOKENS { even.next_multiple_of(LEAST_TOKENS).min(most) } else { even }
 }
 
-/// What the loss needs to know of a token's logits. Starts as that of no logit at all.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct RowStats {
-    /// The largest z.
-    pub max: f32,
-    /// Σ exp(z − max).
-    pub sum: f32,
-    /// Σ z, if there is label smoothing.
-    pub logit_sum: f32,
-    /// z_t, once the columns seen hold it.
-    pub label_logit: f32,
-}
-
-impl Default for RowStats {
-    fn default() -> Self {
-        Self { max: f32::NEG_INFINITY, sum: 0.0, logit_sum: 0.0, label_logit: 0.0 }
-    }
-}
-
-impl RowStats {
-    /// Of some logits.
-    #[inline(always)]
-    fn of<I: Isa>(z: &[f32], smoothing: bool) -> Self {
-        let max = elementwise::max(z);
-        let origin = finite_origin(max);
-        let sum = elementwise::sum(z, |z| exp::<I>(z - origin));
-        Self { max, sum, logit_sum: if smoothing { elementwise::sum(z, |z| z) } else { 0.0 }, label_logit: 0.0 }
-    }
-
-    /// Of the logits of both. In float64 inside: one rounding of the sum.
-    pub fn merge(self, other: Self) -> Self {
-        let max = if other.max > self.max { other.max } else { self.max };
-        let origin = f64::from(finite_origin(max));
-        let scaled = |part: Self| {
-            // Spares an exponential, and −∞ − −∞.
-            if part.max == max { f64::from(part.sum) } else { f64::from(part.sum) * (f64::from(part.max) - origin).exp() }
-        };
-        Self {
-            max,
-            sum: (scaled(self) + scaled(other)) as f32,
-            logit_sum: self.logit_sum + other.logit_sum,
-            label_logit: self.label_logit + other.label_logit,
-        }
-    }
-
-    /// ℓ and lse of a token all of whose logits are in.
-    pub fn loss_and_lse(&self, problem: &Problem) -> (f32, f32) {
-        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-        let (max, log_sum, label) = (f64::from(self.max), f64::from(self.sum).ln(), f64::from(self.label_logit));
-        let lse = max + log_sum;
-        let mean = f64::from(self.logit_sum) / problem.valid_total() as f64;
-        let smoothing = if label_smoothing > 0.0 { label_smoothing * (label - mean) } else { 0.0 };
-        (((max - label) + log_sum + smoothing + z_loss * lse * lse) as f32, lse as f32)
-    }
-}
-
-/// What to subtract from logits whose largest is `max`: that, unless they are all −∞, whose exponentials are then 0.
+/// What the loss needs to know of some logits of a token.
 #[inline(always)]
-fn finite_origin(max: f32) -> f32 {
-    if max == f32::NEG_INFINITY { 0.0 } else { max }
+fn partial_of<I: Isa>(z: &[f32], smoothing: bool) -> TokenPartial {
+    let max = elementwise::max(z);
+    // Logits that are all −∞ have exponentials of 0, not of −∞ − −∞.
+    let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let sum = elementwise::sum(z, |z| exp::<I>(z - origin));
+    TokenPartial { max, sum, logit_sum: if smoothing { elementwise::sum(z, |z| z) } else { 0.0 }, label_logit: 0.0 }
 }
 
 /// What prediction needs to know of a token's logits.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RowPrediction {
-    stats: RowStats,
+    partial: TokenPartial,
     /// Σ exp(z − max)·(z − max).
     weighted: f32,
     argmax: u32,
 }
 
-impl Default for RowPrediction {
-    fn default() -> Self {
-        Self { stats: RowStats::default(), weighted: 0.0, argmax: 0 }
-    }
-}
-
 impl RowPrediction {
     /// The vocab id of the largest logit, the lowest of equals, and −Σ P ln P.
     pub fn finish(&self) -> (u32, f32) {
-        let sum = f64::from(self.stats.sum);
+        let sum = f64::from(self.partial.sum);
         (self.argmax, (sum.ln() - f64::from(self.weighted) / sum) as f32)
     }
 
     #[inline(always)]
     fn absorb<I: Isa>(&mut self, z: &[f32], first: usize) {
-        let tile = RowStats::of::<I>(z, false);
+        let tile = partial_of::<I>(z, false);
         let weighted = elementwise::sum(z, |z| {
             let below = z - tile.max;
             let e = exp::<I>(below);
+            // 0·(−∞) is 0 here.
             if e == 0.0 { 0.0 } else { e * below }
         });
-        let merged = self.stats.merge(tile);
-        let share = |stats: RowStats, weighted: f32| {
-            let below = f64::from(stats.max) - f64::from(merged.max);
+        let merged = self.partial.merge(tile);
+        // With z − max = (z − part's max) + below: what a part's sum becomes when it refers to the common max.
+        let share = |part: TokenPartial, weighted: f32| {
+            let below = f64::from(part.max) - f64::from(merged.max);
             let factor = below.exp();
-            if factor == 0.0 { 0.0 } else { factor * (f64::from(weighted) + below * f64::from(stats.sum)) }
+            if factor == 0.0 { 0.0 } else { factor * (f64::from(weighted) + below * f64::from(part.sum)) }
         };
-        self.weighted = (share(self.stats, self.weighted) + share(tile, weighted)) as f32;
-        if tile.max > self.stats.max {
-            let at = z.iter().position(|&z| z == tile.max).unwrap_or(0);
-            self.argmax = (first + at) as u32;
+        self.weighted = (share(self.partial, self.weighted) + share(tile, weighted)) as f32;
+        if tile.max > self.partial.max {
+            self.argmax = (first + z.iter().position(|&z| z == tile.max).unwrap_or(0)) as u32;
         }
-        self.stats = merged;
+        self.partial = merged;
     }
 }
 
@@ -220,15 +164,15 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     }
 
     /// Every active token with what the loss needs to know of its logits.
-    pub fn stats(mut self) -> Vec<(usize, RowStats)> {
-        let stats = self.blocks().into_iter().flat_map(|block| self.block_stats(block)).collect();
-        self.by_token(stats)
+    pub fn partials(mut self) -> Vec<(usize, TokenPartial)> {
+        let partials = self.blocks().into_iter().flat_map(|block| self.block_partials(block)).collect();
+        self.by_token(partials)
     }
 
     /// Every active token with its prediction.
     pub fn predictions(mut self) -> Vec<(usize, RowPrediction)> {
         let visit = |row: &mut RowPrediction, _: Label, z: &[f32], first: usize| {
-            z.chunks(STATS_TILE).zip((first..).step_by(STATS_TILE)).for_each(|(z, first)| row.absorb::<I>(z, first));
+            z.chunks(ROW_TILE).zip((first..).step_by(ROW_TILE)).for_each(|(z, first)| row.absorb::<I>(z, first));
         };
         let rows = self.blocks().into_iter().flat_map(|block| self.sweep(block, visit)).collect();
         self.by_token(rows)
@@ -242,15 +186,15 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         }
     }
 
-    /// Both passes at once; returns what [`Pass::stats`] does.
-    pub fn stats_and_backward(mut self, cotangents: Cotangents, mut sinks: Sinks) -> Vec<(usize, RowStats)> {
+    /// Both passes at once; returns what [`Pass::partials`] does.
+    pub fn partials_and_backward(mut self, cotangents: Cotangents, mut sinks: Sinks) -> Vec<(usize, TokenPartial)> {
         let mut all = Vec::with_capacity(self.active.len());
         for block in self.blocks() {
-            let stats = self.block_stats(block.clone());
-            let lse: Vec<f32> = stats.iter().map(|s| s.loss_and_lse(self.problem).1).collect();
+            let partials = self.block_partials(block.clone());
+            let lse: Vec<f32> = partials.iter().map(|p| p.loss_and_lse(self.problem).1).collect();
             let resident = self.chunks().len() == 1;
             self.block_gradients(block, &lse, cotangents, resident, &mut sinks);
-            all.extend(stats);
+            all.extend(partials);
         }
         self.by_token(all)
     }
@@ -269,14 +213,14 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         cut(self.problem.valid_columns(), self.plan.columns)
     }
 
-    fn block_stats(&mut self, block: Range<usize>) -> Vec<RowStats> {
+    fn block_partials(&mut self, block: Range<usize>) -> Vec<TokenPartial> {
         let smoothing = self.problem.options().label_smoothing > 0.0;
-        self.sweep(block, move |stats: &mut RowStats, label, z, first| {
-            for z in z.chunks(STATS_TILE) {
-                *stats = stats.merge(RowStats::of::<I>(z, smoothing));
+        self.sweep(block, move |partial: &mut TokenPartial, label, z, first| {
+            for z in z.chunks(ROW_TILE) {
+                *partial = partial.merge(partial_of::<I>(z, smoothing));
             }
             if let Some(z) = at_label(label, first, z.len()).map(|at| z[at]) {
-                stats.label_logit = z;
+                partial.label_logit = z;
             }
         })
     }

@@ -10,7 +10,8 @@
 use crate::contract::{Contract, LabelTerm, Precision};
 use crate::cpu::{self, Backend};
 use crate::problem::{DType, Label, Layout, Problem, ProblemError};
-use crate::tiled::{Plan, Reuse, RowStats, Sinks};
+use crate::shard::{Partial, TokenPartial};
+use crate::tiled::{Plan, Reuse, Sinks};
 use half::{bf16, f16};
 
 /// The default bound on the logits workspace, in bytes.
@@ -83,7 +84,15 @@ impl Kernel {
     pub fn forward(&self, problem: &Problem) -> Result<Forward, ProblemError> {
         problem.require_whole("the forward")?;
         let plan = Plan::new(problem, self.workspace, Reuse::Once);
-        Ok(Forward::new(problem, &self.backend.stats(problem, plan)))
+        Ok(Forward::new(problem, self.backend.partials(problem, plan)))
+    }
+
+    /// What this unembedding, a vocab shard or the whole, contributes to the forward: 2·N·D·V operations.
+    pub fn partial(&self, problem: &Problem) -> Partial {
+        let mut tokens = vec![TokenPartial::default(); problem.shape().tokens];
+        let partials = self.backend.partials(problem, Plan::new(problem, self.workspace, Reuse::Once));
+        partials.into_iter().for_each(|(n, partial)| tokens[n] = partial);
+        Partial { tokens, columns: problem.valid_columns() }
     }
 
     /// The most likely id and the entropy of each token's distribution, and how often that id is the label.
@@ -138,8 +147,8 @@ impl Kernel {
         let cotangents = Cotangents { loss: Some(loss_cotangent), ..Cotangents::default() };
         cotangents.validate(problem)?;
         let plan = Plan::new(problem, self.workspace, Reuse::WholeRows);
-        let stats = gradients.fill(problem, |sinks| self.backend.stats_and_backward(problem, plan, cotangents, sinks))?;
-        Ok(Forward::new(problem, &stats))
+        let partials = gradients.fill(problem, |sinks| self.backend.partials_and_backward(problem, plan, cotangents, sinks))?;
+        Ok(Forward::new(problem, partials))
     }
 }
 
@@ -155,12 +164,12 @@ pub struct Forward {
 }
 
 impl Forward {
-    pub(crate) fn new(problem: &Problem, stats: &[(usize, RowStats)]) -> Self {
+    pub(crate) fn new(problem: &Problem, unmasked: impl IntoIterator<Item = (usize, TokenPartial)>) -> Self {
         let zeros = vec![0.0; problem.shape().tokens];
         let mut out = Self { loss: zeros.clone(), lse: zeros.clone(), label_logits: zeros };
-        for (n, stats) in stats {
-            (out.loss[*n], out.lse[*n]) = stats.loss_and_lse(problem);
-            out.label_logits[*n] = stats.label_logit;
+        for (n, partial) in unmasked {
+            (out.loss[n], out.lse[n]) = partial.loss_and_lse(problem);
+            out.label_logits[n] = partial.label_logit;
         }
         out
     }

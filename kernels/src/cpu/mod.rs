@@ -4,7 +4,8 @@ pub(crate) mod portable;
 
 use crate::contract::Precision;
 use crate::problem::Problem;
-use crate::tiled::{Pass, Plan, RowPrediction, RowStats, Sinks};
+use crate::shard::TokenPartial;
+use crate::tiled::{Pass, Plan, RowPrediction, Sinks};
 use crate::vjp::Cotangents;
 use std::fmt::Debug;
 
@@ -48,13 +49,19 @@ pub(crate) trait Backend: Debug + Sync {
     /// What dlogits are rounded to before the gradient products.
     fn dlogits(&self) -> Precision;
     /// Every active token with what the loss needs to know of its logits.
-    fn stats(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowStats)>;
+    fn partials(&self, problem: &Problem, plan: Plan) -> Vec<(usize, TokenPartial)>;
     /// Every active token with its prediction.
     fn predictions(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowPrediction)>;
     /// Fills the sinks, given every token's lse.
     fn backward(&self, problem: &Problem, plan: Plan, lse: &[f32], cotangents: Cotangents, sinks: Sinks);
     /// Both passes at once.
-    fn stats_and_backward(&self, problem: &Problem, plan: Plan, cotangents: Cotangents, sinks: Sinks) -> Vec<(usize, RowStats)>;
+    fn partials_and_backward(
+        &self,
+        problem: &Problem,
+        plan: Plan,
+        cotangents: Cotangents,
+        sinks: Sinks,
+    ) -> Vec<(usize, TokenPartial)>;
 }
 
 impl<I: Isa> Backend for I {
@@ -66,8 +73,8 @@ impl<I: Isa> Backend for I {
         I::DLOGITS
     }
 
-    fn stats(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowStats)> {
-        Pass::new(*self, problem, plan).stats()
+    fn partials(&self, problem: &Problem, plan: Plan) -> Vec<(usize, TokenPartial)> {
+        Pass::new(*self, problem, plan).partials()
     }
 
     fn predictions(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowPrediction)> {
@@ -78,7 +85,13 @@ impl<I: Isa> Backend for I {
         Pass::new(*self, problem, plan).backward(lse, cotangents, sinks);
     }
 
-    fn stats_and_backward(&self, problem: &Problem, plan: Plan, cotangents: Cotangents, sinks: Sinks) -> Vec<(usize, RowStats)> {
-        Pass::new(*self, problem, plan).stats_and_backward(cotangents, sinks)
+    fn partials_and_backward(
+        &self,
+        problem: &Problem,
+        plan: Plan,
+        cotangents: Cotangents,
+        sinks: Sinks,
+    ) -> Vec<(usize, TokenPartial)> {
+        Pass::new(*self, problem, plan).partials_and_backward(cotangents, sinks)
     }
 }

@@ -378,8 +378,15 @@ pub fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// What keeps the logits workspace at its smallest.
+/// What keeps the logits workspace at its smallest: 64 tokens of 256 columns.
 pub const TINY: usize = 0;
+
+/// Every kernel of this machine, with a roomy workspace and with one that forces chunks and recomputing.
+///
+/// All suites run over these, so none can be registered without them.
+pub fn kernels() -> impl Iterator<Item = Kernel> {
+    Kernel::available().into_iter().flat_map(|kernel| [kernel.clone(), kernel.with_workspace(TINY)])
+}
 
 /// Runs `f` on as many threads.
 pub fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
