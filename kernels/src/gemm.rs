@@ -170,16 +170,19 @@ unsafe fn one_tile<I: Isa>(
                     for (i, acc) in (i..block.end).zip(panels.acc.chunks_exact(I::NR)) {
                         // SAFETY: `across` lies in `columns` and i in `rows`.
                         let c = unsafe { c.row_mut(i, across.clone()) };
-                        if set {
-                            c.copy_from_slice(&acc[..c.len()]);
-                        } else {
-                            c.iter_mut().zip(acc).for_each(|(c, acc)| *c += acc);
-                        }
+                        // The length of a whole panel is known when this is compiled.
+                        if c.len() == I::NR { put(&mut c[..I::NR], acc, set) } else { put(c, acc, set) }
                     }
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn put(c: &mut [f32], acc: &[f32], set: bool) {
+    let terms = c.iter_mut().zip(acc);
+    if set { terms.for_each(|(c, acc)| *c = *acc) } else { terms.for_each(|(c, acc)| *c += acc) }
 }
 
 /// Packs `outer` × `terms` of `x` into panels of `width` outer indices each, terms outermost within a panel.
@@ -207,37 +210,56 @@ fn pack_from<I: Isa, E: Element>(
     out: &mut [I::Packed],
     panel: usize,
 ) {
-    let at = |p: usize, i: usize| p / I::KU * width * I::KU + i * I::KU + p % I::KU;
-    for (out, first) in out.chunks_exact_mut(panel).zip(outer.clone().step_by(width)) {
-        let count = width.min(outer.end - first);
-        if x.outer.is_contiguous() {
+    if x.outer.is_contiguous() {
+        for (out, first) in out.chunks_exact_mut(panel).zip(outer.clone().step_by(width)) {
+            let count = width.min(outer.end - first);
             for (p, term) in terms.clone().enumerate() {
                 let start = x.base + first + x.depth.offset(term);
-                let group = &mut out[at(p, 0)..];
+                let group = &mut out[p / I::KU * width * I::KU + p % I::KU..];
+                // The length of a whole panel is known when this is compiled.
                 if count == width {
                     let source = &data[start..start + width];
-                    for i in 0..width {
-                        group[i * I::KU] = I::pack(source[i].widen());
-                    }
+                    (0..width).for_each(|i| group[i * I::KU] = I::pack(source[i].widen()));
                 } else {
-                    for (i, value) in data[start..start + count].iter().enumerate() {
-                        group[i * I::KU] = I::pack(value.widen());
-                    }
-                }
-            }
-        } else {
-            debug_assert!(x.depth.is_contiguous());
-            for i in 0..count {
-                let start = x.base + x.outer.offset(first + i);
-                let source = &data[start + terms.start..start + terms.end];
-                for (group, values) in out.chunks_exact_mut(width * I::KU).zip(source.chunks(I::KU)) {
-                    for (q, value) in values.iter().enumerate() {
-                        group[i * I::KU + q] = I::pack(value.widen());
-                    }
+                    let source = &data[start..start + count];
+                    source.iter().enumerate().for_each(|(i, value)| group[i * I::KU] = I::pack(value.widen()));
                 }
             }
         }
+        return;
     }
+    debug_assert!(x.depth.is_contiguous());
+    for (out, first) in out.chunks_exact_mut(panel).zip(outer.clone().step_by(width)) {
+        let row = |i: usize| {
+            let start = x.base + x.outer.offset(first + i);
+            &data[start + terms.start..start + terms.end]
+        };
+        let count = width.min(outer.end - first);
+        let mut i = 0;
+        while i < count {
+            i += match count - i {
+                4.. => interleave::<I, E, 4>(std::array::from_fn(|r| row(i + r)), i, width, out),
+                2.. => interleave::<I, E, 2>(std::array::from_fn(|r| row(i + r)), i, width, out),
+                _ => interleave::<I, E, 1>([row(i)], i, width, out),
+            };
+        }
+    }
+}
+
+/// Packs `R` rows, from the panel's row `i` on, and returns R. Several at a time: their elements lie side by side there.
+#[inline(always)]
+fn interleave<I: Isa, E: Element, const R: usize>(rows: [&[E]; R], i: usize, width: usize, out: &mut [I::Packed]) -> usize {
+    let terms = rows[0].len();
+    let rows = rows.map(|row| &row[..terms]);
+    for (p, group) in (0..terms).step_by(I::KU).zip(out.chunks_exact_mut(width * I::KU)) {
+        let group = &mut group[i * I::KU..][..R * I::KU];
+        for q in 0..I::KU.min(terms - p) {
+            for r in 0..R {
+                group[r * I::KU + q] = I::pack(rows[r][p + q].widen());
+            }
+        }
+    }
+    R
 }
 
 /// A float that widens to f32 without a rounding, in few instructions that vectorise.

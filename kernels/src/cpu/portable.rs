@@ -32,7 +32,7 @@ impl Isa for Portable {
         a * b + c
     }
 
-    #[inline(always)]
+    #[inline(never)]
     fn product(self, left: &[f32], right: &[f32], acc: &mut [f32]) {
         let mut sums = [[0.0f32; NR]; MR];
         for (l, r) in left.as_chunks::<MR>().0.iter().zip(right.as_chunks::<NR>().0) {
