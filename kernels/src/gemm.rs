@@ -29,13 +29,13 @@ const ENOUGH_TILES: usize = 16;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Axis<'a> {
     pub stride: usize,
-    pub gather: Option<&'a [u32]>,
+    pub gather: Option<&'a [usize]>,
 }
 
 impl Axis<'_> {
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
-        self.stride * self.gather.map_or(i, |list| list[i] as usize)
+        self.stride * self.gather.map_or(i, |list| list[i])
     }
 
     fn is_contiguous(&self) -> bool {
@@ -295,6 +295,102 @@ impl Element for f16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::Precision;
+    use crate::cpu::portable::Portable;
+
+    /// Panels of odd sizes, and terms in pairs.
+    #[derive(Clone, Copy, Debug)]
+    struct Pairs;
+
+    impl Isa for Pairs {
+        const NAME: &'static str = "pairs";
+        const DLOGITS: Precision = Precision::F32;
+        const MR: usize = 7;
+        const NR: usize = 3;
+        const KU: usize = 2;
+        type Packed = f64;
+
+        fn pack(x: f32) -> f64 {
+            x.into()
+        }
+
+        fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+            a * b + c
+        }
+
+        fn product(self, left: &[f64], right: &[f64], acc: &mut [f32]) {
+            assert_eq!(left.len() / 14, right.len() / 6);
+            acc.fill(0.0);
+            for (l, r) in left.chunks_exact(14).zip(right.chunks_exact(6)) {
+                for (i, l) in l.chunks_exact(2).enumerate() {
+                    for (j, r) in r.chunks_exact(2).enumerate() {
+                        acc[i * 3 + j] += (l[0] * r[0] + l[1] * r[1]) as f32;
+                    }
+                }
+            }
+        }
+
+        fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
+            f()
+        }
+    }
+
+    /// Small integers, so that every order of summation gives the same sum.
+    fn integers(count: usize, salt: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 + salt * 31) % 11) as f32 - 5.0).collect()
+    }
+
+    /// Every orientation of both operands and of C, whole and ragged in each direction, with and without a gather.
+    fn products_are_right(isa: impl Isa) {
+        for (m, n, k) in [(1, 1, 1), (14, 6, 256), (13, 35, 257), (150, 130, 40), (300, 31, 515), (2, 1100, 3)] {
+            let (a, b) = (integers(2 * m * k, 1), integers(n * k, 2));
+            // Every second row of A, last one first.
+            let rows: Vec<usize> = (0..m).map(|i| 2 * (m - 1 - i)).collect();
+            let expected = |i: usize, j: usize| (0..k).map(|p| a[rows[i] * k + p] * b[j * k + p]).sum::<f32>();
+            let transposed = |x: &[f32], rows: usize, columns: usize| -> Vec<f32> {
+                (0..rows * columns).map(|at| x[at % rows * columns + at / rows]).collect()
+            };
+            // A gathered by its terms, as dK gathers Q: its outer index is contiguous.
+            let (a_columns, b_columns) = (transposed(&a, 2 * m, k), transposed(&b, n, k));
+            let gathered: Vec<f32> =
+                (0..k).flat_map(|p| rows.iter().map(move |r| (p, *r))).map(|(p, r)| a_columns[p * 2 * m + r]).collect();
+            let plain = |stride| Axis { stride, gather: None };
+            let in_order: Vec<usize> = (0..k).collect();
+            let lefts = [
+                Operand { data: Floats::F32(&a), base: 0, outer: Axis { stride: k, gather: Some(&rows) }, depth: plain(1) },
+                Operand {
+                    data: Floats::F32(&gathered),
+                    base: 0,
+                    outer: plain(1),
+                    depth: Axis { stride: m, gather: Some(&in_order) },
+                },
+            ];
+            let rights = [
+                Operand { data: Floats::F32(&b), base: 0, outer: plain(k), depth: plain(1) },
+                Operand { data: Floats::F32(&b_columns), base: 0, outer: plain(1), depth: plain(n) },
+            ];
+            for (left, right) in lefts.iter().flat_map(|l| rights.iter().map(move |r| (*l, *r))) {
+                for (write, strides) in [(Write::Set, [n, 1]), (Write::Add, [n, 1]), (Write::Set, [1, m]), (Write::Add, [1, m])] {
+                    let mut c = vec![1000.0; m * n];
+                    product(isa, left, right, k, Output::new(&mut c, [m, n], strides), write);
+                    let before = if write == Write::Add { 1000.0 } else { 0.0 };
+                    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                        assert_eq!(c[i * strides[0] + j * strides[1]], before + expected(i, j), "{m} × {n} × {k} at {i}, {j}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn portable_products_are_right() {
+        products_are_right(Portable);
+    }
+
+    #[test]
+    fn products_of_odd_panels_are_right() {
+        products_are_right(Pairs);
+    }
 
     #[test]
     fn every_half_float_widens_exactly() {

@@ -151,14 +151,13 @@ pub(crate) struct Pass<'a, 'p, I: Isa> {
     problem: &'a Problem<'p>,
     plan: Plan,
     /// The tokens that take part.
-    active: Vec<u32>,
+    active: Vec<usize>,
     workspace: Vec<f32>,
 }
 
 impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     pub fn new(isa: I, problem: &'a Problem<'p>, plan: Plan) -> Self {
-        let labels = problem.labels().iter().zip(0u32..);
-        let active: Vec<u32> = labels.filter(|(label, _)| **label != Label::Masked).map(|(_, n)| n).collect();
+        let active: Vec<usize> = (0..problem.shape().tokens).filter(|&n| problem.labels()[n] != Label::Masked).collect();
         let workspace = vec![0.0; if active.is_empty() { 0 } else { plan.elements() }];
         Self { isa, problem, plan, active, workspace }
     }
@@ -181,7 +180,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     /// Fills the sinks, given every token's lse.
     pub fn backward(mut self, lse: &[f32], cotangents: Cotangents, mut sinks: Sinks) {
         for block in self.blocks() {
-            let lse: Vec<f32> = self.active[block.clone()].iter().map(|&n| lse[n as usize]).collect();
+            let lse: Vec<f32> = self.active[block.clone()].iter().map(|&n| lse[n]).collect();
             self.block_gradients(block, &lse, cotangents, false, &mut sinks);
         }
     }
@@ -200,7 +199,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     }
 
     fn by_token<R>(self, rows: Vec<R>) -> Vec<(usize, R)> {
-        self.active.into_iter().map(|n| n as usize).zip(rows).collect()
+        self.active.into_iter().zip(rows).collect()
     }
 
     /// Ranges of `active`.
@@ -238,7 +237,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
             z.par_chunks_mut(chunk.len()).zip(&mut rows).zip(tokens).for_each(|((z, row), &n)| {
                 isa.vectorize(|| {
                     finish_logits::<I>(problem.options(), z);
-                    visit(row, problem.labels()[n as usize], z, chunk.start);
+                    visit(row, problem.labels()[n], z, chunk.start);
                 });
             });
         }
@@ -257,12 +256,12 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                 self.logits(block.clone(), chunk.clone())
             };
             z.par_chunks_mut(chunk.len()).zip(tokens).zip(lse).for_each(|((z, &n), &lse)| {
-                let row = RowCotangent::new(problem, cotangents, n as usize, lse);
+                let row = RowCotangent::new(problem, cotangents, n, lse);
                 isa.vectorize(|| {
                     if !resident {
                         finish_logits::<I>(problem.options(), z);
                     }
-                    row.dlogits::<I>(problem.options(), z, at_label(problem.labels()[n as usize], chunk.start, z.len()));
+                    row.dlogits::<I>(problem.options(), z, at_label(problem.labels()[n], chunk.start, z.len()));
                 });
             });
             let dlogits = &*z;
@@ -288,13 +287,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         }
         if let Some(d_hidden) = &mut sinks.d_hidden {
             for (row, &n) in dq.chunks_exact(d).zip(&self.active[block]) {
-                d_hidden.put(n as usize * d, row);
+                d_hidden.put(n * d, row);
             }
         }
     }
 
     /// Q·Kᵀ of a block and a chunk into the workspace, [T, W], with the block's tokens.
-    fn logits(&mut self, block: Range<usize>, chunk: Range<usize>) -> (&[u32], &mut [f32]) {
+    fn logits(&mut self, block: Range<usize>, chunk: Range<usize>) -> (&[usize], &mut [f32]) {
         let tokens = &self.active[block];
         let z = &mut self.workspace[..tokens.len() * chunk.len()];
         let c = Output::new(z, [tokens.len(), chunk.len()], [chunk.len(), 1]);
@@ -316,7 +315,7 @@ fn at_label(label: Label, first: usize, len: usize) -> Option<usize> {
 }
 
 /// The gathered rows of Q; summed over tokens if `transposed`, over D if not.
-fn hidden<'a>(problem: &Problem<'a>, tokens: &'a [u32], transposed: bool) -> Operand<'a> {
+fn hidden<'a>(problem: &Problem<'a>, tokens: &'a [usize], transposed: bool) -> Operand<'a> {
     let token = Axis { stride: problem.shape().hidden, gather: Some(tokens) };
     let feature = Axis { stride: 1, gather: None };
     let (outer, depth) = if transposed { (feature, token) } else { (token, feature) };

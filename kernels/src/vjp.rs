@@ -54,8 +54,8 @@ impl Kernel {
 
     /// Bounds the workspace for logits; a bound below one tile (64 KiB) means one tile.
     ///
-    /// Beyond it a call holds D floats per token of a block (at most 1024 tokens), a few hundred kilobytes per thread, and
-    /// V·D floats where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
+    /// Beyond it a call holds D floats per token of a block (at most 1024 tokens), up to 1.3 MB per thread, and V·D floats
+    /// where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
     pub fn with_workspace(self, bytes: usize) -> Self {
         Self { workspace: bytes, ..self }
     }
