@@ -18,6 +18,9 @@ proptest! {
     fn results_are_at_the_floor(recipe in recipes(100, 70, 700), narrow: bool) {
         let case = recipe.case();
         let dtypes = if narrow { case.dtypes() } else { [DType::F32; 2] };
+        // The largest logits here have gradients beyond what float16 holds.
+        let overflows = |dtype| dtype == DType::F16 && recipe.spread > 100.0;
+        let dtypes = dtypes.map(|dtype| if overflows(dtype) { DType::F32 } else { dtype });
         for kernel in kernels() {
             let truth = Truth::new(&case, kernel.contract(dtypes[0], dtypes[1]));
             assert_honest(&truth.judge(&case, &case.run(&kernel, dtypes)))?;
