@@ -1,12 +1,12 @@
 //! What holds to the last bit, and the identities that need no reference.
 
-mod support;
+mod suite;
 
 use fused_xent_kernels::problem::{DType, Floats, Layout, LossOptions, ProblemError, Shape};
 use fused_xent_kernels::{Cotangents, GradientMut, Gradients, Kernel};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use support::*;
+use suite::*;
 
 const F32: [DType; 2] = [DType::F32; 2];
 

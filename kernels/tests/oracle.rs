@@ -1,6 +1,6 @@
 //! Every kernel against the oracle, judged by the floor of the contract that it declares.
 
-mod support;
+mod suite;
 
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::floor::Error;
@@ -9,7 +9,7 @@ use fused_xent_kernels::{GradientMut, Gradients};
 use half::bf16;
 use ndarray::Array2;
 use proptest::prelude::*;
-use support::*;
+use suite::*;
 
 proptest! {
     #![proptest_config(config(400))]

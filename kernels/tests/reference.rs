@@ -1,11 +1,11 @@
 //! The oracle against finite differences of itself.
 
-mod support;
+mod suite;
 
 use fused_xent_kernels::problem::{DType, Layout, LossOptions};
 use fused_xent_kernels::reference;
 use proptest::prelude::*;
-use support::*;
+use suite::*;
 
 /// Σ g·ℓ + h·lse + u·z_t over the tokens that take part.
 fn objective(case: &Case) -> f64 {

@@ -1,13 +1,13 @@
 //! Vocab shards whose partials merge, and slices of tokens that lie side by side.
 
-mod support;
+mod suite;
 
 use fused_xent_kernels::problem::{DType, Label, Layout, Problem, ProblemError, Shape, VocabShard};
 use fused_xent_kernels::shard::{Partial, TokenPartial};
 use fused_xent_kernels::{Cotangents, GradientMut, Gradients};
 use ndarray::{Array2, s};
 use proptest::prelude::*;
-use support::*;
+use suite::*;
 
 /// The case with the columns `start..end` of its unembedding, and where they lie.
 fn shard(case: &Case, start: usize, end: usize) -> (Case, VocabShard) {
