@@ -33,14 +33,14 @@
 
 pub mod contract;
 mod cpu;
+mod elementwise;
 pub mod floor;
 mod gemm;
 pub mod problem;
 pub mod reduction;
 pub mod reference;
-mod shard;
+pub mod shard;
 mod tiled;
-mod vjp;
+pub mod vjp;
 
-pub use shard::Partial;
-pub use vjp::{Cotangents, DEFAULT_WORKSPACE, Forward, GradientMut, Gradients, Kernel, Predictions};
+pub use vjp::{Cotangents, Forward, GradientMut, Gradients, Kernel, Predictions};

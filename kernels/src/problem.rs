@@ -563,6 +563,14 @@ pub enum ProblemError {
         /// One past its last.
         end: usize,
     },
+    /// Merged partials are not those of the whole vocabulary.
+    #[error("the merged partials hold {found} valid columns of {expected}; merge every vocab shard's exactly once")]
+    PartialColumns {
+        /// Columns in.
+        found: usize,
+        /// Valid columns of the whole vocabulary.
+        expected: usize,
+    },
 }
 
 #[cfg(test)]

@@ -1,72 +1,104 @@
-//! Vocab-parallel building blocks: what one shard of the vocabulary knows of each token, and how that merges.
-//!
-//! A shard's max is exact and its sum of exponentials carries the float32 kernel's relative error. A merge is done in
-//! float64, so each adds at most a few 2⁻⁵³ to the relative error of the sum: lse of S merged shards lies within
-//! S·2⁻⁵⁰ of the lse that a kernel would have got from the same tiles on one device. Merging is commutative and, up to that,
-//! associative.
+//! Building blocks of a vocab-parallel loss: each shard reduces its own logits, the parts merge, and the merged lse goes
+//! back to the shards' backward.
 //!
 //! ```text
-//! max = max(max₁, max₂)      sum = sum₁·exp(max₁ − max) + sum₂·exp(max₂ − max)      (never log(1 + exp x): nothing overflows)
+//! of columns A:     m_A = max_v z_v,   s_A = Σ_v exp(z_v − m_A)
+//! of A and B:       m = max(m_A, m_B), s = s_A·exp(m_A − m) + s_B·exp(m_B − m)
+//! of all of V:      lse = m + ln s
 //! ```
+//! A merge computes in float64 and rounds s once, so it adds at most u = 2⁻²⁴ to s relatively, and to lse absolutely:
+//! merging M parts, in whatever order, moves lse by at most (M − 1)·u, beyond its own rounding. A part without a valid
+//! column has m = −∞ and s = 0, and changes nothing.
+//!
+//! Tokens need no merge: the results of slices of tokens lie side by side, and dK adds up
+//! (see [`crate::GradientMut::Accumulate`]).
 
-use crate::problem::{Problem, ProblemError};
-use crate::tiled::RowStats;
-use crate::vjp::{Forward, Kernel, finish};
+use crate::problem::{Label, LossOptions, Problem, ProblemError};
+use crate::vjp::Forward;
 
-/// What a range of vocab columns knows of each token, [N].
+/// What the loss needs to know of one token's logits over some of the columns. The default is that of no column.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenPartial {
+    /// The largest z; −∞ if there is none.
+    pub max: f32,
+    /// Σ exp(z − max).
+    pub sum: f32,
+    /// Σ z; 0 where there is no label smoothing.
+    pub logit_sum: f32,
+    /// z_t if the label is among the columns, else 0.
+    pub label_logit: f32,
+}
+
+impl Default for TokenPartial {
+    fn default() -> Self {
+        Self { max: f32::NEG_INFINITY, sum: 0.0, logit_sum: 0.0, label_logit: 0.0 }
+    }
+}
+
+impl TokenPartial {
+    /// Of the columns of both, which are disjoint.
+    pub fn merge(self, other: Self) -> Self {
+        let max = if other.max > self.max { other.max } else { self.max };
+        let scaled = |part: Self| {
+            // Spares an exponential, and −∞ − −∞.
+            if part.max == max { f64::from(part.sum) } else { f64::from(part.sum) * (f64::from(part.max) - f64::from(max)).exp() }
+        };
+        Self {
+            max,
+            sum: (scaled(self) + scaled(other)) as f32,
+            logit_sum: self.logit_sum + other.logit_sum,
+            label_logit: self.label_logit + other.label_logit,
+        }
+    }
+
+    /// ℓ and lse, once all columns are in. In float64 inside: one rounding each.
+    pub(crate) fn loss_and_lse(&self, problem: &Problem) -> (f32, f32) {
+        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+        let [max, sum, logit_sum, label] = [self.max, self.sum, self.logit_sum, self.label_logit].map(f64::from);
+        let lse = max + sum.ln();
+        let smoothing =
+            if label_smoothing > 0.0 { label_smoothing * (label - logit_sum / problem.valid_total() as f64) } else { 0.0 };
+        (((max - label) + sum.ln() + smoothing + z_loss * lse * lse) as f32, lse as f32)
+    }
+}
+
+/// What a vocab shard knows of every token's loss; see [`crate::Kernel::partial`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Partial {
-    rows: Vec<RowStats>,
+    /// Per token, [N]; that of no column at masked tokens.
+    pub tokens: Vec<TokenPartial>,
+    /// How many valid columns are in.
+    pub columns: usize,
 }
 
 impl Partial {
-    /// Takes in the columns of another shard of the same tokens.
+    /// That of both shards' columns.
     ///
     /// # Errors
-    /// If the shards do not have the same number of tokens.
-    pub fn merge(mut self, other: &Partial) -> Result<Partial, ProblemError> {
-        if self.rows.len() != other.rows.len() {
-            return Err(ProblemError::Buffer { name: "partial", found: other.rows.len(), expected: self.rows.len(), what: "N" });
+    /// If they are of different numbers of tokens.
+    pub fn merge(&self, other: &Self) -> Result<Self, ProblemError> {
+        if self.tokens.len() != other.tokens.len() {
+            let (found, expected) = (other.tokens.len(), self.tokens.len());
+            return Err(ProblemError::Buffer { name: "partial", found, expected, what: "N of the partial to merge with" });
         }
-        for (row, other) in self.rows.iter_mut().zip(&other.rows) {
-            let equal_max = row.max == other.max;
-            row.merge(other);
-            if equal_max && other.sum != 0.0 {
-                row.argmax = row.argmax.min(other.argmax);
-            }
-        }
-        Ok(self)
+        let tokens = self.tokens.iter().zip(&other.tokens).map(|(a, b)| a.merge(*b)).collect();
+        Ok(Self { tokens, columns: self.columns + other.columns })
     }
 
-    /// Loss, lse and label logits, once all shards are merged; `problem` is any of the shards'.
+    /// The per-token results. `problem` is any of the shards', or the whole.
     ///
     /// # Errors
-    /// If the number of tokens is not the problem's.
+    /// If the partial is of another number of tokens, or not of as many columns as the whole vocabulary has valid ones.
     pub fn finish(&self, problem: &Problem) -> Result<Forward, ProblemError> {
-        let tokens = problem.shape().tokens;
-        if self.rows.len() != tokens {
-            return Err(ProblemError::Buffer { name: "partial", found: self.rows.len(), expected: tokens, what: "N" });
+        let expected = problem.shape().tokens;
+        if self.tokens.len() != expected {
+            return Err(ProblemError::Buffer { name: "partial", found: self.tokens.len(), expected, what: "N" });
         }
-        Ok(finish(problem, &self.rows))
-    }
-
-    /// The largest logit of each token, −∞ where no column was valid, [N].
-    pub fn max(&self) -> impl Iterator<Item = f32> {
-        self.rows.iter().map(|r| r.max)
-    }
-
-    /// Σ exp(z − max) of each token, [N].
-    pub fn sum(&self) -> impl Iterator<Item = f64> {
-        self.rows.iter().map(|r| r.sum)
-    }
-}
-
-impl Kernel {
-    /// What this problem's vocab columns, a shard or all, know of each token: 2·N·D·V operations.
-    pub fn partial(&self, problem: &Problem) -> Partial {
-        let mut rows = self.statistics(problem);
-        let first = problem.vocab_ids().start as u32;
-        rows.iter_mut().for_each(|row| row.argmax += first);
-        Partial { rows }
+        if self.columns != problem.valid_total() {
+            return Err(ProblemError::PartialColumns { found: self.columns, expected: problem.valid_total() });
+        }
+        let unmasked = problem.labels().iter().zip(&self.tokens).enumerate();
+        let unmasked = unmasked.filter(|(_, (label, _))| **label != Label::Masked);
+        Ok(Forward::new(problem, unmasked.map(|(n, (_, token))| (n, *token))))
     }
 }

@@ -1,443 +1,394 @@
-//! The streaming algorithm, once, generic over the instruction set.
+//! The streaming algorithm, once for every instruction set.
 //!
-//! Tokens that take part are gathered in blocks, vocab columns in tiles, and tiles in chunks whose logits fit the workspace:
+//! The tokens that take part are gathered into blocks of T, the valid vocab columns into chunks of W; only T × W logits
+//! exist at a time. Per block, with Q its gathered rows:
 //!
 //! ```text
-//! for each block of tokens:
-//!   for each chunk, for each tile of it, in parallel:     z = scale · Q_block · K_tileᵀ, capped; −∞ beyond the valid columns
-//!                                                         max and Σ exp(z − max) of each row of the tile
-//!   rows' statistics merged over tiles, in order          lse, label logit, loss
-//!   for each chunk (z recomputed unless still there):
-//!     for each tile, in parallel:                         z → dlogits = (p·exp(z − lse) + onehot + constant) · slope, in place
-//!                                                         dK_tile += dlogitsᵀ · Q_block
-//!     for each slice of the block, in parallel:           dQ_slice += dlogits · K, tile after tile
+//! for each chunk:  z = scale·Q·K_chunkᵀ,  z ← cap·tanh(z / cap)                              [T, W], in the workspace
+//!                  m, s ← running max and Σ exp(z − m);  z_t where the chunk holds the label
+//! lse = m + ln s,  ℓ = lse − (1−ε)·z_t − ε·mean_v z_v + z_loss·lse²
+//! for each chunk:  z again, unless the one chunk is all of V and still there
+//!                  S = (p·exp(z − lse) + constant + onehot·[v = t]) · scale·(1 − (z/cap)²)   in place of z
+//!                  dK_chunk += Sᵀ·Q,   dQ += S·K_chunk
+//! with p = g·(1 + 2·z_loss·lse) + h,  onehot = u − g·(1−ε),  constant = −g·ε/V_valid.
 //! ```
 //!
-//! Every output element is summed by one task in a fixed order, whatever the number of threads. A masked token is never
-//! gathered: whatever its row of Q holds reaches nothing.
+//! Masked tokens and padding columns are never read: they are in no block and no chunk. What fills the last panels of a
+//! product is the one padding there is; see [`crate::gemm`].
+//!
+//! Every sum runs in an order fixed by the problem and the workspace: per row in tiles of [`ROW_TILE`] columns, in the
+//! products as [`crate::gemm`] says. A chunk is a multiple of both, so the forward depends on the problem alone.
 
-use crate::cpu::exp::exp;
-use crate::gemm::{Isa, Matrix, Packed, Store, multiply, widen_into};
-use crate::problem::{Label, Layout, LossOptions, Problem};
+use crate::cpu::Isa;
+use crate::elementwise::{self, exp, tanh};
+use crate::gemm::{self, Axis, Operand, Output, Write};
+use crate::problem::{Floats, Label, Layout, LossOptions, Problem};
+use crate::shard::TokenPartial;
+use crate::vjp::{Cotangents, GradientMut};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Vocab columns of a tile.
-pub(crate) const TILE: usize = 256;
-/// Most tokens of a block.
-const MOST_TOKENS: usize = 512;
-/// Fewest tokens of a block for which a whole row of logits is kept, rather than recomputed.
-const FEWEST_TOKENS: usize = 128;
-/// Tokens of a block that one task accumulates dQ for.
-const SLICE: usize = 64;
-/// Rows of a [D, V] gradient that one task accumulates.
-const FEATURES: usize = 64;
+/// Columns over which a row's max and sum are taken at a time; chunks are multiples of it.
+const ROW_TILE: usize = gemm::DEPTH;
+/// A block has no fewer tokens (unless there are no more): below, packing K costs more than multiplying by it.
+const LEAST_TOKENS: usize = 64;
+/// Nor does it gain from more than these.
+const MOST_TOKENS: usize = 1024;
 
-/// How a problem is cut up.
+/// How the logits of a problem are cut up to fit the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Tokens of a block.
+    /// T.
     pub tokens: usize,
-    /// Tiles of a chunk.
-    pub tiles: usize,
-    /// Tiles in all.
-    pub all_tiles: usize,
+    /// W.
+    pub columns: usize,
+}
+
+/// What a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reuse {
+    /// Each logit is needed once: large blocks, so that K is packed seldom.
+    Once,
+    /// Whole rows are worth keeping between the forward and the backward.
+    WholeRows,
 }
 
 impl Plan {
-    /// The cut whose logits take at most `workspace` bytes, or the smallest there is.
-    pub fn new(vocab: usize, valid_tokens: usize, workspace: usize) -> Self {
-        let all_tiles = vocab.div_ceil(TILE);
-        let row = all_tiles * TILE * size_of::<f32>();
-        let most = valid_tokens.clamp(1, MOST_TOKENS);
-        let tokens = (workspace / row).min(most);
-        if tokens >= FEWEST_TOKENS.min(most) {
-            return Self { tokens, tiles: all_tiles, all_tiles };
+    pub fn new(problem: &Problem, workspace: usize, reuse: Reuse) -> Self {
+        let active = problem.labels().iter().filter(|&&l| l != Label::Masked).count().max(1);
+        let columns = problem.valid_columns().max(1);
+        let elements = (workspace / size_of::<f32>()).max(LEAST_TOKENS * ROW_TILE);
+        let whole = (elements / columns).min(MOST_TOKENS);
+        let wanted = match reuse {
+            Reuse::WholeRows => LEAST_TOKENS,
+            Reuse::Once => MOST_TOKENS,
+        };
+        if whole >= active.min(wanted) {
+            return Self { tokens: even(active, whole), columns };
         }
-        let tokens = FEWEST_TOKENS.min(most).min((workspace / (TILE * size_of::<f32>())).max(1));
-        let tiles = (workspace / (tokens * TILE * size_of::<f32>())).clamp(1, all_tiles);
-        Self { tokens, tiles, all_tiles }
+        let tokens = even(active, (elements / ROW_TILE).min(MOST_TOKENS / 2));
+        Self { tokens, columns: (elements / tokens / ROW_TILE * ROW_TILE).clamp(ROW_TILE, columns.max(ROW_TILE)) }
     }
 
-    /// Elements of the logits workspace.
+    /// Floats in the workspace.
     pub fn elements(&self) -> usize {
-        self.tokens * self.tiles * TILE
-    }
-
-    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let Self { tiles, all_tiles, .. } = *self;
-        (0..all_tiles).step_by(tiles).map(move |start| start..(start + tiles).min(all_tiles))
-    }
-
-    fn keeps_rows(&self) -> bool {
-        self.tiles == self.all_tiles
+        self.tokens * self.columns
     }
 }
 
-/// What a token's logits come to, over the columns seen so far. `merge` puts column ranges together.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct RowStats {
-    /// Largest logit.
-    pub max: f32,
-    /// Σ exp(z − max).
-    pub sum: f64,
-    /// Σ exp(z − max)·(z − max).
-    pub weighted: f64,
-    /// Σ z, for label smoothing.
-    pub total: f64,
-    /// The first column with the largest logit.
-    pub argmax: u32,
-    /// The label's logit, if its column was seen.
-    pub label: Option<f32>,
+/// The length of blocks of at most `most` that cut `total` evenly, in multiples of [`LEAST_TOKENS`] where they are that long.
+fn even(total: usize, most: usize) -> usize {
+    if total <= most {
+        return total;
+    }
+    let most = if most > LEAST_TOKENS { most / LEAST_TOKENS * LEAST_TOKENS } else { most };
+    let even = total.div_ceil(total.div_ceil(most));
+    if most > LEAST_TOKENS { even.next_multiple_of(LEAST_TOKENS).min(most) } else { even }
 }
 
-impl RowStats {
-    /// Of no column.
-    pub const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0, total: 0.0, argmax: 0, label: None };
-
-    /// Takes in columns that come after those seen.
-    pub fn merge(&mut self, later: &Self) {
-        let label = self.label.or(later.label);
-        let total = self.total + later.total;
-        if self.sum == 0.0 {
-            *self = *later;
-        } else if later.sum != 0.0 {
-            // NaN compares false: it stays on the side that has it, and reaches the sum through the exponentials.
-            let argmax = if later.max > self.max { later.argmax } else { self.argmax };
-            let max = if later.max > self.max { later.max } else { self.max };
-            let (mut sum, mut weighted) = (0.0, 0.0);
-            for part in [&*self, later] {
-                let shift = f64::from(part.max) - f64::from(max);
-                let factor = shift.exp();
-                sum += factor * part.sum;
-                weighted += if factor == 0.0 { 0.0 } else { factor * (part.weighted + shift * part.sum) };
-            }
-            *self = Self { max, sum, weighted, argmax, ..*self };
-        }
-        (self.label, self.total) = (label, total);
-    }
-
-    /// log Σ exp z.
-    pub fn lse(&self) -> f64 {
-        f64::from(self.max) + self.sum.ln()
-    }
-}
-
-/// ∂/∂z_v = p·P_v + onehot·[v = t] + constant, of one token, and its lse.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Row {
-    pub p: f32,
-    pub onehot: f32,
-    pub constant: f32,
-    pub lse: f32,
-}
-
-/// Where the gradients go: float32 sums, added to.
-pub(crate) struct Sums<'a> {
-    /// [N, D].
-    pub hidden: Option<&'a mut [f32]>,
-    /// In K's layout.
-    pub unembedding: Option<&'a mut [f32]>,
-}
-
-/// One walk over a problem.
-pub(crate) struct Walk<'a, I: Isa> {
-    pub isa: I,
-    pub problem: &'a Problem<'a>,
-    pub plan: Plan,
-}
-
-/// A block of tokens that take part.
-struct Block<I: Isa> {
-    /// Their places in the problem.
-    tokens: Vec<usize>,
-    /// Their rows of Q, [tokens, D].
-    hidden: Vec<f32>,
-    /// The same, packed as rows of A and as columns of B.
-    as_a: Packed<I::Operand>,
-    as_b: Packed<I::Operand>,
-}
-
-impl<I: Isa> Walk<'_, I> {
-    /// Statistics of every token that takes part, [N]; `EMPTY` for the others.
-    pub fn statistics(&self) -> Vec<RowStats> {
-        let mut out = vec![RowStats::EMPTY; self.problem.shape().tokens];
-        let mut workspace = self.workspace();
-        for tokens in self.blocks() {
-            let block = self.gather(tokens, false);
-            for (n, stats) in block.tokens.iter().zip(self.forward(&block, &mut workspace)) {
-                out[*n] = stats;
-            }
-        }
-        out
-    }
-
-    /// Adds to `sums` the gradients for the coefficients that `row` gives each token.
-    pub fn backward(&self, row: impl Fn(usize) -> Row, sums: &mut Sums) {
-        let mut workspace = self.workspace();
-        for tokens in self.blocks() {
-            let block = self.gather(tokens, true);
-            let rows: Vec<Row> = block.tokens.iter().map(|&n| row(n)).collect();
-            for chunk in self.plan.chunks() {
-                self.logits(&block, chunk.clone(), &mut workspace);
-                self.gradients(&block, &rows, chunk, &mut workspace, sums);
-            }
-        }
-    }
-
-    /// Both, with the logits of a block computed once if the workspace holds them; `row` gets a token's statistics.
-    pub fn forward_backward(&self, row: impl Fn(usize, &RowStats) -> Row, sums: &mut Sums) -> Vec<RowStats> {
-        let mut out = vec![RowStats::EMPTY; self.problem.shape().tokens];
-        let mut workspace = self.workspace();
-        for tokens in self.blocks() {
-            let block = self.gather(tokens, true);
-            let stats = self.forward(&block, &mut workspace);
-            let rows: Vec<Row> = block.tokens.iter().zip(&stats).map(|(&n, stats)| row(n, stats)).collect();
-            for chunk in self.plan.chunks() {
-                if !self.plan.keeps_rows() {
-                    self.logits(&block, chunk.clone(), &mut workspace);
-                }
-                self.gradients(&block, &rows, chunk, &mut workspace, sums);
-            }
-            for (n, stats) in block.tokens.iter().zip(stats) {
-                out[*n] = stats;
-            }
-        }
-        out
-    }
-
-    fn workspace(&self) -> Vec<f32> {
-        vec![0.0; self.plan.elements()]
-    }
-
-    fn blocks(&self) -> impl Iterator<Item = Vec<usize>> {
-        let labels = self.problem.labels();
-        let valid: Vec<usize> = (0..labels.len()).filter(|&n| labels[n] != Label::Masked).collect();
-        let size = self.plan.tokens;
-        (0..valid.len()).step_by(size).map(move |start| valid[start..valid.len().min(start + size)].to_vec())
-    }
-
-    fn gather(&self, tokens: Vec<usize>, for_gradients: bool) -> Block<I> {
-        let d = self.problem.shape().hidden;
-        let mut hidden = vec![0.0; tokens.len() * d];
-        hidden.chunks_exact_mut(d).zip(&tokens).for_each(|(row, &n)| widen_into(self.problem.hidden(), n * d..(n + 1) * d, row));
-        let (mut as_a, mut as_b) = (Packed::new(), Packed::new());
-        self.isa.vectorize(|| {
-            let rows = Matrix::rows(&hidden, d);
-            as_a.pack::<I>(rows, tokens.len(), d, I::MR);
-            if for_gradients {
-                as_b.pack::<I>(rows.transposed(), d, tokens.len(), I::NR);
-            }
-        });
-        Block { tokens, hidden, as_a, as_b }
-    }
-
-    /// Columns of tile `tile`.
-    fn columns(&self, tile: usize) -> Range<usize> {
-        tile * TILE..((tile + 1) * TILE).min(self.problem.shape().vocab)
-    }
-
-    /// K as rows by vocab id, from row `first` on.
-    fn unembedding(&self, first: usize) -> Matrix<'_> {
-        let shape = self.problem.shape();
-        let (row_stride, column_stride) = match self.problem.layout() {
-            Layout::Vd => (shape.hidden, 1),
-            Layout::Dv => (1, shape.vocab),
-        };
-        Matrix { data: self.problem.unembedding(), offset: 0, row_stride, column_stride }.from(first, 0)
-    }
-
-    fn forward(&self, block: &Block<I>, workspace: &mut [f32]) -> Vec<RowStats> {
-        let mut stats = vec![RowStats::EMPTY; block.tokens.len()];
-        for chunk in self.plan.chunks() {
-            self.logits(block, chunk.clone(), workspace);
-            let per_tile: Vec<Vec<RowStats>> = workspace
-                .par_chunks(block.tokens.len() * TILE)
-                .zip(chunk.into_par_iter())
-                .map(|(z, tile)| self.isa.vectorize(|| self.tile_statistics(block, tile, z)))
-                .collect();
-            for tile in &per_tile {
-                stats.iter_mut().zip(tile).for_each(|(stats, tile)| stats.merge(tile));
-            }
-        }
-        stats
-    }
-
-    /// Writes the logits of a block and a chunk of tiles: per tile [tokens, TILE].
-    fn logits(&self, block: &Block<I>, chunk: Range<usize>, workspace: &mut [f32]) {
-        let size = block.tokens.len() * TILE;
-        workspace.par_chunks_mut(size).zip(chunk.into_par_iter()).for_each_init(Packed::new, |packed, (z, tile)| {
-            self.isa.vectorize(|| {
-                let columns = self.columns(tile);
-                let shape = self.problem.shape();
-                packed.pack::<I>(self.unembedding(columns.start), columns.len(), shape.hidden, I::NR);
-                multiply(self.isa, &block.as_a, 0..block.tokens.len(), packed, z, TILE, Store::Overwrite);
-                let valid = self.valid_columns(tile);
-                for z in z.chunks_exact_mut(TILE) {
-                    self.finish_logits(&mut z[..valid]);
-                    // Padding of the vocabulary and of the tile: exp makes 0 of it, in lse and in every gradient.
-                    z[valid..].fill(f32::NEG_INFINITY);
-                }
-            });
-        });
-    }
-
-    fn valid_columns(&self, tile: usize) -> usize {
-        self.problem.valid_columns().saturating_sub(tile * TILE).min(TILE)
-    }
-
-    #[inline(always)]
-    fn finish_logits(&self, z: &mut [f32]) {
-        let options = self.problem.options();
-        let scale = options.logit_scale as f32;
-        if scale != 1.0 {
-            z.iter_mut().for_each(|z| *z *= scale);
-        }
-        if let Some(cap) = options.logit_softcap {
-            let cap = cap as f32;
-            z.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
-        }
-    }
-
-    #[inline(always)]
-    fn tile_statistics(&self, block: &Block<I>, tile: usize, z: &[f32]) -> Vec<RowStats> {
-        let (columns, valid) = (self.columns(tile), self.valid_columns(tile));
-        let smooths = self.problem.options().label_smoothing > 0.0;
-        let of_row = |(z, &n): (&[f32], &usize)| {
-            let z = &z[..valid];
-            if z.is_empty() {
-                return RowStats::EMPTY;
-            }
-            let label = match self.problem.labels()[n] {
-                Label::Column(label) if columns.contains(&(label as usize)) => Some(z[label as usize - columns.start]),
-                _ => None,
-            };
-            let max = fold(z, f32::NEG_INFINITY, |max, z| if z > max { z } else { max }, |a, b| if b > a { b } else { a });
-            let place = z.iter().position(|&x| x == max).unwrap_or(0);
-            let sum = fold(z, 0.0, |sum, z| sum + exp(z - max), |a, b| a + b);
-            let weighted = fold(z, 0.0, |sum, z| sum + exp(z - max) * (z - max), |a, b| a + b);
-            let total = if smooths { fold(z, 0.0, |sum, z| sum + z, |a, b| a + b) } else { 0.0 };
-            let argmax = (columns.start + place) as u32;
-            RowStats { max, sum: sum.into(), weighted: weighted.into(), total: total.into(), argmax, label }
-        };
-        z.chunks_exact(TILE).zip(&block.tokens).map(of_row).collect()
-    }
-
-    fn gradients(&self, block: &Block<I>, rows: &[Row], chunk: Range<usize>, workspace: &mut [f32], sums: &mut Sums) {
-        let (n, d, vocab) = (block.tokens.len(), self.problem.shape().hidden, self.problem.shape().vocab);
-        let tiles = || chunk.clone().into_par_iter();
-        workspace
-            .par_chunks_mut(n * TILE)
-            .zip(tiles())
-            .for_each(|(z, tile)| self.isa.vectorize(|| self.dlogits(block, rows, tile, z)));
-        let dlogits = &workspace[..n * TILE * chunk.len()];
-        match (&mut sums.unembedding, self.problem.layout()) {
-            (None, _) => {}
-            (Some(sum), Layout::Vd) => {
-                let first = chunk.start * TILE;
-                sum[first * d..].par_chunks_mut(TILE * d).zip(dlogits.par_chunks_exact(n * TILE)).zip(tiles()).for_each_init(
-                    Packed::new,
-                    |packed, ((sum, dlogits), tile)| {
-                        self.isa.vectorize(|| {
-                            let columns = self.columns(tile).len();
-                            packed.pack::<I>(Matrix::rows(dlogits, TILE).transposed(), columns, n, I::MR);
-                            multiply(self.isa, packed, 0..columns, &block.as_b, sum, d, Store::Add);
-                        });
-                    },
-                );
-            }
-            (Some(sum), Layout::Dv) => {
-                sum.par_chunks_mut(FEATURES * vocab).enumerate().for_each_init(
-                    || (Packed::new(), Packed::new()),
-                    |(features, packed), (i, sum)| {
-                        self.isa.vectorize(|| {
-                            let lines = sum.len() / vocab;
-                            features.pack::<I>(
-                                Matrix::rows(&block.hidden, d).from(0, i * FEATURES).transposed(),
-                                lines,
-                                n,
-                                I::MR,
-                            );
-                            for (tile, dlogits) in chunk.clone().zip(dlogits.chunks_exact(n * TILE)) {
-                                let columns = self.columns(tile);
-                                packed.pack::<I>(Matrix::rows(dlogits, TILE).transposed(), columns.len(), n, I::NR);
-                                multiply(self.isa, features, 0..lines, packed, &mut sum[columns.start..], vocab, Store::Add);
-                            }
-                        });
-                    },
-                );
-            }
-        }
-        if let Some(sum) = &mut sums.hidden {
-            self.d_hidden(block, chunk, dlogits, sum);
-        }
-    }
-
-    fn d_hidden(&self, block: &Block<I>, chunk: Range<usize>, dlogits: &[f32], sum: &mut [f32]) {
-        let (n, d) = (block.tokens.len(), self.problem.shape().hidden);
-        let mut gathered: Vec<f32> = Vec::with_capacity(n * d);
-        block.tokens.iter().for_each(|&token| gathered.extend_from_slice(&sum[token * d..(token + 1) * d]));
-        gathered.par_chunks_mut(SLICE * d).enumerate().for_each_init(
-            || (Packed::new(), Packed::new()),
-            |(rows, packed), (i, sum)| {
-                self.isa.vectorize(|| {
-                    let lines = sum.len() / d;
-                    for (tile, dlogits) in chunk.clone().zip(dlogits.chunks_exact(n * TILE)) {
-                        let columns = self.columns(tile);
-                        rows.pack::<I>(Matrix::rows(dlogits, TILE).from(i * SLICE, 0), lines, columns.len(), I::MR);
-                        packed.pack::<I>(self.unembedding(columns.start).transposed(), d, columns.len(), I::NR);
-                        multiply(self.isa, rows, 0..lines, packed, sum, d, Store::Add);
-                    }
-                });
-            },
-        );
-        for (row, &token) in gathered.chunks_exact(d).zip(&block.tokens) {
-            sum[token * d..(token + 1) * d].copy_from_slice(row);
-        }
-    }
-
-    /// Turns the logits of a tile into dlogits, in place.
-    #[inline(always)]
-    fn dlogits(&self, block: &Block<I>, rows: &[Row], tile: usize, z: &mut [f32]) {
-        let (columns, valid) = (self.columns(tile), self.valid_columns(tile));
-        let LossOptions { logit_scale, logit_softcap, .. } = *self.problem.options();
-        let scale = logit_scale as f32;
-        for ((z, row), &n) in z.chunks_exact_mut(TILE).zip(rows).zip(&block.tokens) {
-            let slope = |z: f32| match logit_softcap {
-                Some(cap) => scale * (1.0 - (z / cap as f32) * (z / cap as f32)),
-                None => scale,
-            };
-            let label = match self.problem.labels()[n] {
-                Label::Column(label) if columns.contains(&(label as usize)) => Some(label as usize - columns.start),
-                _ => None,
-            };
-            let at_label = label.map(|label| (row.p * exp(z[label] - row.lse) + row.onehot + row.constant) * slope(z[label]));
-            z[..valid].iter_mut().for_each(|z| *z = (row.p * exp(*z - row.lse) + row.constant) * slope(*z));
-            // −∞ has done its work; in the products padding must be 0.
-            z[valid..].fill(0.0);
-            if let (Some(label), Some(value)) = (label, at_label) {
-                z[label] = value;
-            }
-        }
-    }
-}
-
-/// Folds in 16 lanes, in an order that does not depend on the instruction set.
+/// What the loss needs to know of some logits of a token.
 #[inline(always)]
-fn fold(values: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [start; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for values in whole {
-        lanes.iter_mut().zip(values).for_each(|(lane, &x)| *lane = step(*lane, x));
+fn partial_of<I: Isa>(z: &[f32], smoothing: bool) -> TokenPartial {
+    let max = elementwise::max(z);
+    // Logits that are all −∞ have exponentials of 0, not of −∞ − −∞.
+    let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let sum = elementwise::sum(z, |z| exp::<I>(z - origin));
+    TokenPartial { max, sum, logit_sum: if smoothing { elementwise::sum(z, |z| z) } else { 0.0 }, label_logit: 0.0 }
+}
+
+/// What prediction needs to know of a token's logits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RowPrediction {
+    partial: TokenPartial,
+    /// Σ exp(z − max)·(z − max).
+    weighted: f32,
+    argmax: u32,
+}
+
+impl RowPrediction {
+    /// The vocab id of the largest logit, the lowest of equals, and −Σ P ln P.
+    pub fn finish(&self) -> (u32, f32) {
+        let sum = f64::from(self.partial.sum);
+        (self.argmax, (sum.ln() - f64::from(self.weighted) / sum) as f32)
     }
-    lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane = step(*lane, x));
-    let mut width = LANES;
-    while width > 1 {
-        width /= 2;
-        for i in 0..width {
-            lanes[i] = join(lanes[i], lanes[i + width]);
+
+    #[inline(always)]
+    fn absorb<I: Isa>(&mut self, z: &[f32], first: usize) {
+        let tile = partial_of::<I>(z, false);
+        let weighted = elementwise::sum(z, |z| {
+            let below = z - tile.max;
+            let e = exp::<I>(below);
+            // 0·(−∞) is 0 here.
+            if e == 0.0 { 0.0 } else { e * below }
+        });
+        let merged = self.partial.merge(tile);
+        // With z − max = (z − part's max) + below: what a part's sum becomes when it refers to the common max.
+        let share = |part: TokenPartial, weighted: f32| {
+            let below = f64::from(part.max) - f64::from(merged.max);
+            let factor = below.exp();
+            if factor == 0.0 { 0.0 } else { factor * (f64::from(weighted) + below * f64::from(part.sum)) }
+        };
+        self.weighted = (share(self.partial, self.weighted) + share(tile, weighted)) as f32;
+        if tile.max > self.partial.max {
+            self.argmax = (first + z.iter().position(|&z| z == tile.max).unwrap_or(0)) as u32;
+        }
+        self.partial = merged;
+    }
+}
+
+/// Where the gradients go.
+#[derive(Debug)]
+pub(crate) struct Sinks<'a, 'g> {
+    /// dQ, written (or added to) once per token.
+    pub d_hidden: Option<&'a mut GradientMut<'g>>,
+    /// dK in K's layout, added to.
+    pub d_unembedding: Option<&'a mut [f32]>,
+}
+
+/// One problem on one instruction set.
+pub(crate) struct Pass<'a, 'p, I: Isa> {
+    isa: I,
+    problem: &'a Problem<'p>,
+    plan: Plan,
+    /// The tokens that take part.
+    active: Vec<usize>,
+    workspace: Vec<f32>,
+}
+
+impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
+    pub fn new(isa: I, problem: &'a Problem<'p>, plan: Plan) -> Self {
+        let active: Vec<usize> = (0..problem.shape().tokens).filter(|&n| problem.labels()[n] != Label::Masked).collect();
+        let workspace = vec![0.0; if active.is_empty() { 0 } else { plan.elements() }];
+        Self { isa, problem, plan, active, workspace }
+    }
+
+    /// Every active token with what the loss needs to know of its logits.
+    pub fn partials(mut self) -> Vec<(usize, TokenPartial)> {
+        let partials = self.blocks().into_iter().flat_map(|block| self.block_partials(block)).collect();
+        self.by_token(partials)
+    }
+
+    /// Every active token with its prediction.
+    pub fn predictions(mut self) -> Vec<(usize, RowPrediction)> {
+        let visit = |row: &mut RowPrediction, _: Label, z: &[f32], first: usize| {
+            z.chunks(ROW_TILE).zip((first..).step_by(ROW_TILE)).for_each(|(z, first)| row.absorb::<I>(z, first));
+        };
+        let rows = self.blocks().into_iter().flat_map(|block| self.sweep(block, visit)).collect();
+        self.by_token(rows)
+    }
+
+    /// Fills the sinks, given every token's lse.
+    pub fn backward(mut self, lse: &[f32], cotangents: Cotangents, mut sinks: Sinks) {
+        for block in self.blocks() {
+            let lse: Vec<f32> = self.active[block.clone()].iter().map(|&n| lse[n]).collect();
+            self.block_gradients(block, &lse, cotangents, false, &mut sinks);
         }
     }
-    lanes[0]
+
+    /// Both passes at once; returns what [`Pass::partials`] does.
+    pub fn partials_and_backward(mut self, cotangents: Cotangents, mut sinks: Sinks) -> Vec<(usize, TokenPartial)> {
+        let mut all = Vec::with_capacity(self.active.len());
+        for block in self.blocks() {
+            let partials = self.block_partials(block.clone());
+            let lse: Vec<f32> = partials.iter().map(|p| p.loss_and_lse(self.problem).1).collect();
+            let resident = self.chunks().len() == 1;
+            self.block_gradients(block, &lse, cotangents, resident, &mut sinks);
+            all.extend(partials);
+        }
+        self.by_token(all)
+    }
+
+    fn by_token<R>(self, rows: Vec<R>) -> Vec<(usize, R)> {
+        self.active.into_iter().zip(rows).collect()
+    }
+
+    /// Ranges of `active`.
+    fn blocks(&self) -> Vec<Range<usize>> {
+        cut(self.active.len(), self.plan.tokens)
+    }
+
+    /// Ranges of valid columns.
+    fn chunks(&self) -> Vec<Range<usize>> {
+        cut(self.problem.valid_columns(), self.plan.columns)
+    }
+
+    fn block_partials(&mut self, block: Range<usize>) -> Vec<TokenPartial> {
+        let smoothing = self.problem.options().label_smoothing > 0.0;
+        self.sweep(block, move |partial: &mut TokenPartial, label, z, first| {
+            for z in z.chunks(ROW_TILE) {
+                *partial = partial.merge(partial_of::<I>(z, smoothing));
+            }
+            if let Some(z) = at_label(label, first, z.len()).map(|at| z[at]) {
+                partial.label_logit = z;
+            }
+        })
+    }
+
+    /// Runs `visit` over each token's logits, chunk by chunk: its state, its label, the logits, their first column.
+    fn sweep<S: Default + Clone + Send>(
+        &mut self,
+        block: Range<usize>,
+        visit: impl Fn(&mut S, Label, &[f32], usize) + Sync,
+    ) -> Vec<S> {
+        let mut rows = vec![S::default(); block.len()];
+        let (isa, problem) = (self.isa, self.problem);
+        for chunk in self.chunks() {
+            let (tokens, z) = self.logits(block.clone(), chunk.clone());
+            z.par_chunks_mut(chunk.len()).zip(&mut rows).zip(tokens).for_each(|((z, row), &n)| {
+                isa.vectorize(|| {
+                    finish_logits::<I>(problem.options(), z);
+                    visit(row, problem.labels()[n], z, chunk.start);
+                });
+            });
+        }
+        rows
+    }
+
+    /// The gradients of one block, given its tokens' lse; `resident` if its logits are still in the workspace.
+    fn block_gradients(&mut self, block: Range<usize>, lse: &[f32], cotangents: Cotangents, resident: bool, sinks: &mut Sinks) {
+        let (isa, problem) = (self.isa, self.problem);
+        let d = problem.shape().hidden;
+        let mut dq = vec![0.0; if sinks.d_hidden.is_some() { block.len() * d } else { 0 }];
+        for chunk in self.chunks() {
+            let (tokens, z) = if resident {
+                (&self.active[block.clone()], &mut self.workspace[..block.len() * chunk.len()])
+            } else {
+                self.logits(block.clone(), chunk.clone())
+            };
+            z.par_chunks_mut(chunk.len()).zip(tokens).zip(lse).for_each(|((z, &n), &lse)| {
+                let row = RowCotangent::new(problem, cotangents, n, lse);
+                isa.vectorize(|| {
+                    if !resident {
+                        finish_logits::<I>(problem.options(), z);
+                    }
+                    row.dlogits::<I>(problem.options(), z, at_label(problem.labels()[n], chunk.start, z.len()));
+                });
+            });
+            let dlogits = &*z;
+            let along_tokens = Axis { stride: chunk.len(), gather: None };
+            let along_vocab = Axis { stride: 1, gather: None };
+            let s = |outer, depth| Operand { data: Floats::F32(dlogits), base: 0, outer, depth };
+            let dk = sinks.d_unembedding.as_deref_mut();
+            let dk_product = || {
+                let Some(dk) = dk else { return };
+                let [row, column] = unembedding_strides(problem);
+                let dk = Output::new(&mut dk[chunk.start * row..], [chunk.len(), d], [row, column]);
+                gemm::product(isa, s(along_vocab, along_tokens), hidden(problem, tokens, true), tokens.len(), dk, Write::Add);
+            };
+            let dq_product = || {
+                if dq.is_empty() {
+                    return;
+                }
+                let dq = Output::new(&mut dq, [tokens.len(), d], [d, 1]);
+                let k = unembedding(problem, chunk.start, true);
+                gemm::product(isa, s(along_tokens, along_vocab), k, chunk.len(), dq, Write::Add);
+            };
+            rayon::join(dk_product, dq_product);
+        }
+        if let Some(d_hidden) = &mut sinks.d_hidden {
+            for (row, &n) in dq.chunks_exact(d).zip(&self.active[block]) {
+                d_hidden.put(n * d, row);
+            }
+        }
+    }
+
+    /// Q·Kᵀ of a block and a chunk into the workspace, [T, W], with the block's tokens.
+    fn logits(&mut self, block: Range<usize>, chunk: Range<usize>) -> (&[usize], &mut [f32]) {
+        let tokens = &self.active[block];
+        let z = &mut self.workspace[..tokens.len() * chunk.len()];
+        let c = Output::new(z, [tokens.len(), chunk.len()], [chunk.len(), 1]);
+        let d = self.problem.shape().hidden;
+        let (q, k) = (hidden(self.problem, tokens, false), unembedding(self.problem, chunk.start, false));
+        gemm::product(self.isa, q, k, d, c, Write::Set);
+        (tokens, z)
+    }
+}
+
+fn cut(total: usize, length: usize) -> Vec<Range<usize>> {
+    (0..total).step_by(length).map(|start| start..(start + length).min(total)).collect()
+}
+
+/// Where a token's label lies among `len` columns from `first` on, if it does.
+fn at_label(label: Label, first: usize, len: usize) -> Option<usize> {
+    let Label::Column(label) = label else { return None };
+    (label as usize).checked_sub(first).filter(|&at| at < len)
+}
+
+/// The gathered rows of Q; summed over tokens if `transposed`, over D if not.
+fn hidden<'a>(problem: &Problem<'a>, tokens: &'a [usize], transposed: bool) -> Operand<'a> {
+    let token = Axis { stride: problem.shape().hidden, gather: Some(tokens) };
+    let feature = Axis { stride: 1, gather: None };
+    let (outer, depth) = if transposed { (feature, token) } else { (token, feature) };
+    Operand { data: problem.hidden(), base: 0, outer, depth }
+}
+
+/// K from column `first` on; summed over V if `transposed`, over D if not.
+fn unembedding<'a>(problem: &Problem<'a>, first: usize, transposed: bool) -> Operand<'a> {
+    let strides = unembedding_strides(problem);
+    let [id, feature] = strides.map(|stride| Axis { stride, gather: None });
+    let (outer, depth) = if transposed { (feature, id) } else { (id, feature) };
+    Operand { data: problem.unembedding(), base: first * strides[0], outer, depth }
+}
+
+/// How far apart two vocab ids and two features lie in K.
+fn unembedding_strides(problem: &Problem) -> [usize; 2] {
+    match problem.layout() {
+        Layout::Vd => [problem.shape().hidden, 1],
+        Layout::Dv => [1, problem.shape().vocab],
+    }
+}
+
+/// Scale and cap.
+#[inline(always)]
+fn finish_logits<I: Isa>(options: &LossOptions, z: &mut [f32]) {
+    let scale = options.logit_scale as f32;
+    if let Some(cap) = options.logit_softcap {
+        let (inner, cap) = ((options.logit_scale / cap) as f32, cap as f32);
+        z.iter_mut().for_each(|z| *z = cap * tanh::<I>(*z * inner));
+    } else if scale != 1.0 {
+        z.iter_mut().for_each(|z| *z *= scale);
+    }
+}
+
+/// What multiplies P, the constant 1 and the onehot in ∂/∂z of one token, and its lse.
+#[derive(Clone, Copy, Debug)]
+struct RowCotangent {
+    lse: f32,
+    p: f32,
+    constant: f32,
+    onehot: f32,
+}
+
+impl RowCotangent {
+    fn new(problem: &Problem, cotangents: Cotangents, n: usize, lse: f32) -> Self {
+        let at = |c: Option<&[f32]>| c.map_or(0.0, |c| f64::from(c[n]));
+        let (g, h, u) = (at(cotangents.loss), at(cotangents.lse), at(cotangents.label_logits));
+        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+        Self {
+            lse,
+            p: (g * (1.0 + 2.0 * z_loss * f64::from(lse)) + h) as f32,
+            constant: (-g * label_smoothing / problem.valid_total() as f64) as f32,
+            onehot: (u - g * (1.0 - label_smoothing)) as f32,
+        }
+    }
+
+    /// Turns a row of logits into dlogits. The label's term is joined to its column in float32.
+    #[inline(always)]
+    fn dlogits<I: Isa>(self, options: &LossOptions, z: &mut [f32], label: Option<usize>) {
+        let Self { lse, p, constant, onehot } = self;
+        let scale = options.logit_scale as f32;
+        let slope = |z: f32, cap: f32| scale * ((1.0 - z / cap) * (1.0 + z / cap));
+        let label = label.map(|at| (at, z[at]));
+        let at_label = |z: f32| I::mul_add(p, exp::<I>(z - lse), constant + onehot);
+        match options.logit_softcap.map(|cap| cap as f32) {
+            None => {
+                z.iter_mut().for_each(|z| *z = scale * I::mul_add(p, exp::<I>(*z - lse), constant));
+                label.inspect(|&(at, logit)| z[at] = scale * at_label(logit));
+            }
+            Some(cap) => {
+                z.iter_mut().for_each(|z| *z = I::mul_add(p, exp::<I>(*z - lse), constant) * slope(*z, cap));
+                label.inspect(|&(at, logit)| z[at] = at_label(logit) * slope(logit, cap));
+            }
+        }
+    }
 }

@@ -1,39 +1,188 @@
-//! The custom VJP: forward → residuals → backward, and both in one go.
+//! The public kernel: forward → residuals → backward, or both in one go.
 //!
 //! ```text
-//! forward    ℓ = lse − (1−ε)·z_t − ε·mean_v z_v + z_loss·lse²                residual: lse, [N] float32
-//! backward   p = g·(1 + 2·z_loss·lse) + h      onehot = u − g·(1−ε)      constant = −g·ε/V_valid
-//!            dlogits_v = (p·exp(z_v − lse) + onehot·[v = t] + constant)·∂z/∂(Q·Kᵀ)
-//!            dQ = dlogits·K      dK = dlogitsᵀ·Q
+//! forward:       loss, lse, label logits, [N] each, in 2·N·D·V operations
+//! backward:      dQ and dK for cotangents of all three, from the lse alone, in 6·N·D·V
+//! loss_and_grad: both, in 6·N·D·V where the workspace holds whole rows of logits, else in 8·N·D·V
 //! ```
-//! for cotangents g of ℓ, h of lse and u of z_t: all three outputs are differentiable.
+//! (N counts the tokens that take part, V the valid columns.)
 
-use crate::contract::Contract;
-use crate::cpu::portable::Portable;
-use crate::gemm::Isa;
-use crate::problem::{DType, Label, LossOptions, Problem, ProblemError};
-use crate::tiled::{Plan, Row, RowStats, Sums, Walk};
+use crate::contract::{Contract, LabelTerm, Precision};
+use crate::cpu::{self, Backend};
+use crate::problem::{DType, Label, Layout, Problem, ProblemError};
+use crate::shard::{Partial, TokenPartial};
+use crate::tiled::{Plan, Reuse, Sinks};
 use half::{bf16, f16};
 
-/// Per-token results, [N] each, float32; 0 at masked tokens.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// The default bound on the logits workspace, in bytes.
+const WORKSPACE: usize = 128 << 20;
+
+/// A fused cross-entropy kernel. A value is the proof that this machine can run it.
+///
+/// All work runs on the current rayon thread pool, and the results are the same bits for any number of threads.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    backend: &'static dyn Backend,
+    workspace: usize,
+}
+
+impl Kernel {
+    /// Plain Rust, compiled for the baseline of the target: runs everywhere.
+    pub fn portable() -> Self {
+        Self { backend: &cpu::portable::Portable, workspace: WORKSPACE }
+    }
+
+    /// The fastest kernel of this machine.
+    pub fn best() -> Self {
+        Self::available().swap_remove(0)
+    }
+
+    /// Every kernel that this machine can run, the fastest first.
+    pub fn available() -> Vec<Self> {
+        vec![Self::portable()]
+    }
+
+    /// The kernel of this name, if this machine can run it.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::available().into_iter().find(|kernel| kernel.name() == name)
+    }
+
+    /// `portable`, …
+    pub fn name(&self) -> &'static str {
+        self.backend.name()
+    }
+
+    /// Bounds the workspace for logits; a bound below one tile (64 KiB) means one tile.
+    ///
+    /// Beyond it a call holds D floats per token of a block (at most 1024 tokens), up to 1.3 MB per thread, and V·D floats
+    /// where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
+    pub fn with_workspace(self, bytes: usize) -> Self {
+        Self { workspace: bytes, ..self }
+    }
+
+    /// The bytes of logits that [`Kernel::loss_and_grad`] will hold for `problem`.
+    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
+        Plan::new(problem, self.workspace, Reuse::WholeRows).elements() * size_of::<f32>()
+    }
+
+    /// What this kernel promises where gradients are asked for in these dtypes.
+    pub fn contract(&self, d_hidden: DType, d_unembedding: DType) -> Contract {
+        Contract {
+            logits: Precision::F32,
+            dlogits: self.backend.dlogits(),
+            label: LabelTerm::Joint,
+            accumulate: Precision::F32,
+            d_hidden: d_hidden.into(),
+            d_unembedding: d_unembedding.into(),
+        }
+    }
+
+    /// Per-token loss, lse and label logits.
+    ///
+    /// # Errors
+    /// If the unembedding is a shard.
+    pub fn forward(&self, problem: &Problem) -> Result<Forward, ProblemError> {
+        problem.require_whole("the forward")?;
+        let plan = Plan::new(problem, self.workspace, Reuse::Once);
+        Ok(Forward::new(problem, self.backend.partials(problem, plan)))
+    }
+
+    /// What this unembedding, a vocab shard or the whole, contributes to the forward: 2·N·D·V operations.
+    pub fn partial(&self, problem: &Problem) -> Partial {
+        let mut tokens = vec![TokenPartial::default(); problem.shape().tokens];
+        let partials = self.backend.partials(problem, Plan::new(problem, self.workspace, Reuse::Once));
+        partials.into_iter().for_each(|(n, partial)| tokens[n] = partial);
+        Partial { tokens, columns: problem.valid_columns() }
+    }
+
+    /// The most likely id and the entropy of each token's distribution, and how often that id is the label.
+    ///
+    /// # Errors
+    /// If the unembedding is a shard.
+    pub fn predictions(&self, problem: &Problem) -> Result<Predictions, ProblemError> {
+        problem.require_whole("prediction")?;
+        let n = problem.shape().tokens;
+        let mut out = Predictions { argmax: vec![0; n], entropy: vec![0.0; n], accuracy: None };
+        let rows = self.backend.predictions(problem, Plan::new(problem, self.workspace, Reuse::Once));
+        let mut hits = 0;
+        for (n, row) in &rows {
+            (out.argmax[*n], out.entropy[*n]) = row.finish();
+            hits += usize::from(problem.labels()[*n] == Label::Column(out.argmax[*n]));
+        }
+        out.accuracy = (!rows.is_empty()).then(|| hits as f64 / rows.len() as f64);
+        Ok(out)
+    }
+
+    /// dQ and dK for `cotangents` of the results of [`Kernel::forward`], whose `lse` [N] it needs (the rest it recomputes).
+    ///
+    /// On a vocab shard `lse` is that of the whole vocabulary: dK is then the shard's rows of the whole's, and dQ is its
+    /// share, to be summed over the shards.
+    ///
+    /// # Errors
+    /// If a buffer's length does not fit, or a gradient is asked for in a dtype that is neither float32 nor its input's.
+    pub fn backward(
+        &self,
+        problem: &Problem,
+        lse: &[f32],
+        cotangents: Cotangents<'_>,
+        gradients: Gradients<'_>,
+    ) -> Result<(), ProblemError> {
+        per_token("lse", lse, problem)?;
+        cotangents.validate(problem)?;
+        let plan = Plan::new(problem, self.workspace, Reuse::Once);
+        gradients.fill(problem, |sinks| self.backend.backward(problem, plan, lse, cotangents, sinks))
+    }
+
+    /// [`Kernel::forward`] and [`Kernel::backward`] in one go, for `loss_cotangent` = g [N], the cotangent of the loss.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn loss_and_grad(
+        &self,
+        problem: &Problem,
+        loss_cotangent: &[f32],
+        gradients: Gradients<'_>,
+    ) -> Result<Forward, ProblemError> {
+        problem.require_whole("loss_and_grad")?;
+        let cotangents = Cotangents { loss: Some(loss_cotangent), ..Cotangents::default() };
+        cotangents.validate(problem)?;
+        let plan = Plan::new(problem, self.workspace, Reuse::WholeRows);
+        let partials = gradients.fill(problem, |sinks| self.backend.partials_and_backward(problem, plan, cotangents, sinks))?;
+        Ok(Forward::new(problem, partials))
+    }
+}
+
+/// Per-token results, [N] each; 0 at masked tokens.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Forward {
-    /// ℓ, unweighted.
+    /// ℓ, unweighted, in nats.
     pub loss: Vec<f32>,
-    /// log Σ_v exp z_v: the residual that [`Kernel::backward`] needs.
+    /// log Σ_v exp z_v: what the backward needs.
     pub lse: Vec<f32>,
     /// z_t, after scale and cap.
     pub label_logits: Vec<f32>,
 }
 
-/// What the model predicts, without its logits.
-#[derive(Clone, Debug, Default, PartialEq)]
+impl Forward {
+    pub(crate) fn new(problem: &Problem, unmasked: impl IntoIterator<Item = (usize, TokenPartial)>) -> Self {
+        let zeros = vec![0.0; problem.shape().tokens];
+        let mut out = Self { loss: zeros.clone(), lse: zeros.clone(), label_logits: zeros };
+        for (n, partial) in unmasked {
+            (out.loss[n], out.lse[n]) = partial.loss_and_lse(problem);
+            out.label_logits[n] = partial.label_logit;
+        }
+        out
+    }
+}
+
+/// What the distribution P of each token predicts.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Predictions {
-    /// The vocab id with the largest logit, the lowest of equals, [N]; 0 at masked tokens.
+    /// The id of the largest logit, the lowest of equals, [N]; 0 at masked tokens.
     pub argmax: Vec<u32>,
-    /// −Σ_v P_v·ln P_v in nats, [N]; 0 at masked tokens.
+    /// −Σ_v P ln P in nats, [N]; 0 at masked tokens.
     pub entropy: Vec<f32>,
-    /// The share of unmasked tokens whose label is the argmax; `None` if there is none.
+    /// The share of unmasked tokens whose label is the argmax; `None` if all are masked.
     pub accuracy: Option<f64>,
 }
 
@@ -48,25 +197,40 @@ pub struct Cotangents<'a> {
     pub label_logits: Option<&'a [f32]>,
 }
 
-/// Where the gradients are written; `None` is not computed.
+impl Cotangents<'_> {
+    fn validate(&self, problem: &Problem) -> Result<(), ProblemError> {
+        let named = [("loss cotangent", self.loss), ("lse cotangent", self.lse), ("label_logits cotangent", self.label_logits)];
+        named.into_iter().try_for_each(|(name, values)| values.map_or(Ok(()), |v| per_token(name, v, problem)))
+    }
+}
+
+fn per_token(name: &'static str, values: &[f32], problem: &Problem) -> Result<(), ProblemError> {
+    let expected = problem.shape().tokens;
+    if values.len() == expected {
+        return Ok(());
+    }
+    Err(ProblemError::Buffer { name, found: values.len(), expected, what: "N" })
+}
+
+/// Which gradients to compute, and where to put them; one that is `None` costs nothing.
 #[derive(Debug, Default)]
 pub struct Gradients<'a> {
-    /// dQ, [N, D].
+    /// dQ, [N, D] row-major; 0 (or untouched, if added to) at masked tokens.
     pub d_hidden: Option<GradientMut<'a>>,
-    /// dK, in K's layout.
+    /// dK, in K's own layout.
     pub d_unembedding: Option<GradientMut<'a>>,
 }
 
-/// A gradient's buffer. It is summed in float32 whatever its type, and rounded at most once.
+/// A gradient's buffer. bfloat16 and float16 are for inputs of that type: one rounding of the float32 sum.
 #[derive(Debug)]
 pub enum GradientMut<'a> {
-    /// Overwritten; for bfloat16 inputs.
+    /// Overwritten, in bfloat16.
     Bf16(&'a mut [bf16]),
-    /// Overwritten; for float16 inputs.
+    /// Overwritten, in float16.
     F16(&'a mut [f16]),
-    /// Overwritten; for any input.
+    /// Overwritten, in float32.
     F32(&'a mut [f32]),
-    /// Added to, in float32: an accumulator over microbatches.
+    /// Added to, in float32: for sums over microbatches.
     Accumulate(&'a mut [f32]),
 }
 
@@ -87,258 +251,61 @@ impl GradientMut<'_> {
         }
     }
 
-    fn check(&self, name: &'static str, expected: usize, what: &'static str, input: DType) -> Result<(), ProblemError> {
+    fn validate(&self, name: &'static str, input: DType, expected: usize, what: &'static str) -> Result<(), ProblemError> {
         if self.len() != expected {
             return Err(ProblemError::Buffer { name, found: self.len(), expected, what });
         }
-        if self.dtype() != DType::F32 && self.dtype() != input {
+        if ![input, DType::F32].contains(&self.dtype()) {
             return Err(ProblemError::GradientDType { name, found: self.dtype().name(), input: input.name() });
         }
         Ok(())
     }
-}
 
-/// The float32 sums behind a gradient: the caller's buffer where it is float32, else one of our own that is rounded at the end.
-struct Target<'a> {
-    buffer: Option<GradientMut<'a>>,
-    own: Vec<f32>,
-}
-
-impl<'a> Target<'a> {
-    fn new(mut buffer: Option<GradientMut<'a>>) -> Self {
-        let mut own = Vec::new();
-        match &mut buffer {
-            Some(GradientMut::F32(s)) => s.fill(0.0),
-            Some(b @ (GradientMut::Bf16(_) | GradientMut::F16(_))) => own = vec![0.0; b.len()],
-            _ => {}
-        }
-        Self { buffer, own }
-    }
-
-    fn sums(&mut self) -> Option<&mut [f32]> {
-        match self.buffer.as_mut()? {
-            GradientMut::F32(s) | GradientMut::Accumulate(s) => Some(s),
-            _ => Some(&mut self.own),
+    /// 0, where the buffer is overwritten.
+    fn clear(&mut self) {
+        match self {
+            GradientMut::Bf16(s) => s.fill(bf16::ZERO),
+            GradientMut::F16(s) => s.fill(f16::ZERO),
+            GradientMut::F32(s) => s.fill(0.0),
+            GradientMut::Accumulate(_) => {}
         }
     }
 
-    fn finish(self) {
-        match self.buffer {
-            Some(GradientMut::Bf16(s)) => s.iter_mut().zip(&self.own).for_each(|(s, &x)| *s = bf16::from_f32(x)),
-            Some(GradientMut::F16(s)) => s.iter_mut().zip(&self.own).for_each(|(s, &x)| *s = f16::from_f32(x)),
-            _ => {}
+    /// Puts `values`, rounded once, at `start` and after.
+    pub(crate) fn put(&mut self, start: usize, values: &[f32]) {
+        let range = start..start + values.len();
+        match self {
+            GradientMut::Bf16(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s = bf16::from_f32(x)),
+            GradientMut::F16(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s = f16::from_f32(x)),
+            GradientMut::F32(s) => s[range].copy_from_slice(values),
+            GradientMut::Accumulate(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s += x),
         }
     }
 }
 
-/// The workspace for logits unless another is asked for: 128 MiB.
-pub const DEFAULT_WORKSPACE: usize = 128 << 20;
-
-/// An instruction set's instance of the fused kernel. A value is the proof that this machine can run it.
-///
-/// Results are bit-identical for any number of threads; work runs in the current rayon pool.
-#[derive(Clone, Debug)]
-pub struct Kernel {
-    isa: Instance,
-    workspace: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Instance {
-    Portable(Portable),
-}
-
-/// Runs `$body` with `$isa` bound to the kernel's instruction set.
-macro_rules! with_isa {
-    ($kernel:expr, $isa:ident => $body:expr) => {
-        match $kernel.isa {
-            Instance::Portable($isa) => $body,
+impl Gradients<'_> {
+    /// Checks the buffers, runs `backward` on what it may add to, and rounds.
+    fn fill<R>(mut self, problem: &Problem, backward: impl FnOnce(Sinks) -> R) -> Result<R, ProblemError> {
+        let shape = problem.shape();
+        let (n_d, v_d) = (shape.tokens * shape.hidden, shape.vocab * shape.hidden);
+        let dk_shape = if problem.layout() == Layout::Vd { "V × D" } else { "D × V" };
+        if let Some(d_hidden) = &self.d_hidden {
+            d_hidden.validate("d_hidden", problem.hidden().dtype(), n_d, "N × D")?;
         }
-    };
-}
-
-impl Kernel {
-    /// The kernel that every machine can run.
-    pub fn portable() -> Self {
-        Self { isa: Instance::Portable(Portable), workspace: DEFAULT_WORKSPACE }
-    }
-
-    /// The fastest kernel of this machine.
-    pub fn best() -> Self {
-        Self::portable()
-    }
-
-    /// Every kernel of this machine, the fastest first.
-    pub fn available() -> Vec<Self> {
-        vec![Self::portable()]
-    }
-
-    /// The kernel of that name, if this machine can run it.
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::available().into_iter().find(|k| k.name() == name)
-    }
-
-    /// Its name, in reports, tests and benches.
-    pub fn name(&self) -> &'static str {
-        match self.isa {
-            Instance::Portable(_) => "portable",
+        if let Some(d_unembedding) = &self.d_unembedding {
+            d_unembedding.validate("d_unembedding", problem.unembedding().dtype(), v_d, dk_shape)?;
         }
-    }
-
-    /// Bounds the workspace for logits to `bytes`, but for one tile. Too small for a row of logits per token of a block, it
-    /// makes [`Kernel::loss_and_grad`] compute logits twice.
-    pub fn with_workspace(self, bytes: usize) -> Self {
-        Self { workspace: bytes, ..self }
-    }
-
-    /// Bytes of logits that are held at a time: independent of N, and of V where V is large.
-    ///
-    /// A gradient in 16 bits takes float32 sums of its own size beyond that: 4·N·D or 4·V·D bytes.
-    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
-        self.plan(problem).elements() * size_of::<f32>()
-    }
-
-    /// What it promises of gradients in the given precisions.
-    pub fn contract(&self, d_hidden: DType, d_unembedding: DType) -> Contract {
-        Contract { d_hidden: d_hidden.into(), d_unembedding: d_unembedding.into(), ..Contract::F32 }
-    }
-
-    /// Per-token loss, lse and label logits: 2·N·D·V operations.
-    ///
-    /// # Errors
-    /// If the unembedding is a shard: see [`Kernel::partial`].
-    pub fn forward(&self, problem: &Problem) -> Result<Forward, ProblemError> {
-        problem.require_whole("forward")?;
-        Ok(finish(problem, &self.statistics(problem)))
-    }
-
-    /// Argmax, entropy and accuracy: as costly as [`Kernel::forward`].
-    ///
-    /// # Errors
-    /// If the unembedding is a shard.
-    pub fn predictions(&self, problem: &Problem) -> Result<Predictions, ProblemError> {
-        problem.require_whole("predictions")?;
-        let stats = self.statistics(problem);
-        let part = |n: usize| problem.labels()[n] != Label::Masked;
-        let unmasked = (0..stats.len()).filter(|&n| part(n)).count();
-        let hits = (0..stats.len()).filter(|&n| problem.labels()[n] == Label::Column(stats[n].argmax)).count();
-        Ok(Predictions {
-            argmax: stats.iter().map(|s| s.argmax).collect(),
-            entropy: stats.iter().map(|s| if s.sum == 0.0 { 0.0 } else { (s.sum.ln() - s.weighted / s.sum) as f32 }).collect(),
-            accuracy: (unmasked > 0).then(|| hits as f64 / unmasked as f64),
-        })
-    }
-
-    /// dQ and dK for any cotangents of what [`Kernel::forward`] returned: 6·N·D·V operations.
-    ///
-    /// On a vocab shard `lse` is that of the whole vocabulary; dK is then the shard's, and dQ sums over the shards.
-    ///
-    /// # Errors
-    /// If a buffer has the wrong length or type.
-    pub fn backward(
-        &self,
-        problem: &Problem,
-        lse: &[f32],
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> Result<(), ProblemError> {
-        let n = problem.shape().tokens;
-        let arguments = [
-            ("lse", Some(lse)),
-            ("loss cotangents", cotangents.loss),
-            ("lse cotangents", cotangents.lse),
-            ("label logit cotangents", cotangents.label_logits),
-        ];
-        for (name, values) in arguments {
-            if let Some(values) = values.filter(|v| v.len() != n) {
-                return Err(ProblemError::Buffer { name, found: values.len(), expected: n, what: "N" });
+        [&mut self.d_hidden, &mut self.d_unembedding].into_iter().flatten().for_each(GradientMut::clear);
+        let d_hidden = self.d_hidden.as_mut();
+        Ok(match &mut self.d_unembedding {
+            None => backward(Sinks { d_hidden, d_unembedding: None }),
+            Some(GradientMut::F32(sum) | GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some(sum) }),
+            Some(narrow) => {
+                let mut sum = vec![0.0; v_d];
+                let result = backward(Sinks { d_hidden, d_unembedding: Some(&mut sum) });
+                narrow.put(0, &sum);
+                result
             }
-        }
-        self.with_targets(problem, gradients, |sums| {
-            let row = |n: usize| coefficients(problem, n, lse[n], cotangents);
-            with_isa!(self, isa => self.walk(isa, problem).backward(row, sums));
         })
     }
-
-    /// [`Kernel::forward`], and the gradients of Σ g·ℓ: 6·N·D·V operations where the workspace holds the logits of a block
-    /// of tokens, 8·N·D·V where it does not. `loss_cotangent` is g, [N].
-    ///
-    /// # Errors
-    /// If a buffer has the wrong length or type, or if the unembedding is a shard.
-    pub fn loss_and_grad(
-        &self,
-        problem: &Problem,
-        loss_cotangent: &[f32],
-        gradients: Gradients,
-    ) -> Result<Forward, ProblemError> {
-        problem.require_whole("loss_and_grad")?;
-        let n = problem.shape().tokens;
-        if loss_cotangent.len() != n {
-            return Err(ProblemError::Buffer { name: "loss cotangents", found: loss_cotangent.len(), expected: n, what: "N" });
-        }
-        let cotangents = Cotangents { loss: Some(loss_cotangent), ..Cotangents::default() };
-        let mut stats = Vec::new();
-        self.with_targets(problem, gradients, |sums| {
-            let row = |n: usize, stats: &RowStats| coefficients(problem, n, stats.lse() as f32, cotangents);
-            stats = with_isa!(self, isa => self.walk(isa, problem).forward_backward(row, sums));
-        })?;
-        Ok(finish(problem, &stats))
-    }
-
-    pub(crate) fn statistics(&self, problem: &Problem) -> Vec<RowStats> {
-        with_isa!(self, isa => self.walk(isa, problem).statistics())
-    }
-
-    fn plan(&self, problem: &Problem) -> Plan {
-        let valid = problem.labels().iter().filter(|l| **l != Label::Masked).count();
-        Plan::new(problem.shape().vocab, valid, self.workspace)
-    }
-
-    fn walk<'a, I: Isa>(&self, isa: I, problem: &'a Problem<'a>) -> Walk<'a, I> {
-        Walk { isa, problem, plan: self.plan(problem) }
-    }
-
-    fn with_targets(&self, problem: &Problem, gradients: Gradients, run: impl FnOnce(&mut Sums)) -> Result<(), ProblemError> {
-        let Gradients { d_hidden, d_unembedding } = gradients;
-        if let Some(b) = &d_hidden {
-            b.check("d_hidden", problem.hidden().len(), "N × D", problem.hidden().dtype())?;
-        }
-        if let Some(b) = &d_unembedding {
-            b.check("d_unembedding", problem.unembedding().len(), "V × D", problem.unembedding().dtype())?;
-        }
-        let (mut hidden, mut unembedding) = (Target::new(d_hidden), Target::new(d_unembedding));
-        run(&mut Sums { hidden: hidden.sums(), unembedding: unembedding.sums() });
-        hidden.finish();
-        unembedding.finish();
-        Ok(())
-    }
-}
-
-fn coefficients(problem: &Problem, n: usize, lse: f32, cotangents: Cotangents) -> Row {
-    let at = |c: Option<&[f32]>| c.map_or(0.0, |c| f64::from(c[n]));
-    let (g, h, u) = (at(cotangents.loss), at(cotangents.lse), at(cotangents.label_logits));
-    let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-    Row {
-        p: (g * (1.0 + 2.0 * z_loss * f64::from(lse)) + h) as f32,
-        onehot: (u - g * (1.0 - label_smoothing)) as f32,
-        constant: (-g * label_smoothing / problem.valid_total() as f64) as f32,
-        lse,
-    }
-}
-
-/// Per-token results from the statistics of all columns.
-pub(crate) fn finish(problem: &Problem, stats: &[RowStats]) -> Forward {
-    let n = stats.len();
-    let mut out = Forward { loss: vec![0.0; n], lse: vec![0.0; n], label_logits: vec![0.0; n] };
-    let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-    for (n, stats) in stats.iter().enumerate().filter(|(n, _)| problem.labels()[*n] != Label::Masked) {
-        let lse = stats.lse();
-        let label = stats.label.unwrap_or(f32::NEG_INFINITY);
-        let mean = stats.total / problem.valid_total() as f64;
-        let smoothed = if label_smoothing > 0.0 { label_smoothing * mean } else { 0.0 };
-        out.loss[n] = (lse - (1.0 - label_smoothing) * f64::from(label) - smoothed + z_loss * lse * lse) as f32;
-        out.lse[n] = lse as f32;
-        out.label_logits[n] = label;
-    }
-    out
 }
