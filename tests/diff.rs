@@ -278,3 +278,15 @@ fn an_unknown_fault_is_told_the_nearest() {
     let error = synth(&tempfile::tempdir().unwrap().path().join("dump"), &nothing, &()).unwrap_err();
     assert!(matches!(error, DiffError::FaultWithoutEffect { .. }), "{error}");
 }
+
+#[test]
+fn the_document_lists_the_catalogue() {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md")).unwrap();
+    for entry in CATALOGUE {
+        assert!(
+            text.contains(&format!("| `{}` | {} | {} | {} |", entry.slug, entry.title, entry.leaves_behind, entry.remedy)),
+            "{}",
+            entry.slug
+        );
+    }
+}
