@@ -111,7 +111,7 @@ impl Tolerance {
     /// of freedom and their sum is bounded by Laurent and Massart (Ann. Statist. 28, 2000, lemma 1):
     /// P(X ≥ ΣE + 2√(x·ΣE²) + 2x·max E) ≤ e⁻ˣ.
     pub fn limit(&self, rows: Range<usize>) -> f64 {
-        const X: f64 = 40.0;
+        const X: f64 = 28.0;
         let before = &self.before[rows.clone()];
         let spread = before.iter().map(|e| e * e).sum::<f64>();
         let largest = before.iter().copied().fold(0.0, f64::max);

@@ -1,13 +1,13 @@
 //! The floor against honest computations written plainly, and against dishonest ones.
 
-mod support;
+mod suite;
 
+use fused_xent_kernels::Forward;
 use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
-use fused_xent_kernels::problem::{LossOptions, Shape};
-use fused_xent_kernels::reference::Gradients;
+use fused_xent_kernels::problem::{DType, Layout, LossOptions, Shape};
 use ndarray::Array2;
 use proptest::prelude::*;
-use support::{Case, assert_honest, column, judge, truth};
+use suite::{Case, Recipe, Truth, Verdict, assert_honest};
 
 /// How a plain float32 computation rounds beyond float32.
 #[derive(Clone, Copy, Debug)]
@@ -34,15 +34,17 @@ impl Plain {
         precision.round(f64::from(x)) as f32
     }
 
-    /// Loss, lse, label logits [N]; dQ [N, D] and dK [V, D].
-    fn run(&self, case: &Case) -> ([Vec<f64>; 3], Array2<f64>, Array2<f64>) {
+    /// Per-token results; dQ [N, D] and dK [V, D].
+    fn run(&self, case: &Case) -> (Forward, Array2<f64>, Array2<f64>) {
         let Shape { tokens, hidden: d, vocab } = case.shape;
         let options = &case.options;
         let valid = options.valid_vocab.unwrap_or(vocab);
-        let (q, k) = (|n: usize, i: usize| case.hidden.get(n * d + i), |v: usize, i: usize| case.unembedding.get(v * d + i));
+        let (hidden, unembedding) = (case.hidden.floats(), case.unembedding.floats());
+        let (q, k) = (|n: usize, i: usize| hidden.get(n * d + i), |v: usize, i: usize| unembedding.get(v * d + i));
         let mut dlogits = vec![0.0f32; tokens * vocab];
         let mut onehots = vec![0.0f32; tokens];
-        let mut per_token = [vec![0.0; tokens], vec![0.0; tokens], vec![0.0; tokens]];
+        let zeros = || vec![0.0f32; tokens];
+        let mut forward = Forward { loss: zeros(), lse: zeros(), label_logits: zeros() };
         for n in 0..tokens {
             if case.targets[n] < 0 {
                 continue;
@@ -58,10 +60,9 @@ impl Plain {
             let lse = max + self.sum(z.iter().map(|z| (z - max).exp())).ln();
             let (label, smoothing, z_loss) = (case.targets[n] as usize, options.label_smoothing as f32, options.z_loss as f32);
             let mean = self.sum(z.iter().copied()) / valid as f32;
-            per_token[0][n] = f64::from(lse - (1.0 - smoothing) * z[label] - smoothing * mean + z_loss * lse * lse);
-            per_token[1][n] = lse.into();
-            per_token[2][n] = z[label].into();
-            let g = case.cotangents.loss.as_ref().unwrap()[n] as f32;
+            forward.loss[n] = lse - (1.0 - smoothing) * z[label] - smoothing * mean + z_loss * lse * lse;
+            (forward.lse[n], forward.label_logits[n]) = (lse, z[label]);
+            let g = case.cotangents[0].as_ref().unwrap()[n];
             for v in 0..valid {
                 let slope =
                     options.logit_scale as f32 * options.logit_softcap.map_or(1.0, |cap| 1.0 - (z[v] / cap as f32).powi(2));
@@ -86,7 +87,7 @@ impl Plain {
             let apart = self.sum((0..tokens).filter(|&n| label(n) == v).map(|n| onehots[n] * q(n, i)));
             self.contract.d_unembedding.round((self.sum((0..tokens).map(|n| dlogits[n * vocab + v] * q(n, i))) + apart).into())
         });
-        (per_token, d_hidden, d_unembedding)
+        (forward, d_hidden, d_unembedding)
     }
 }
 
@@ -114,13 +115,19 @@ fn options() -> impl Strategy<Value = LossOptions> {
     ]
 }
 
+/// A bf16 case with cotangents that are no powers of two.
+fn case(shape: Shape, spread: f64, options: LossOptions, seed: u64) -> Case {
+    let (layout, dtypes, cotangents) = (Layout::Vd, [DType::Bf16; 2], [0.013, 0.0, 0.0]);
+    Recipe { shape, layout, dtypes, spread, options, weighted: false, cotangents, seed }.case()
+}
+
 /// A case from every corner: shape, logit size, options, contract, order of summation.
 fn cases() -> impl Strategy<Value = (Case, Contract, usize)> {
     let shape = (1..40usize, 1..80usize, 64..300usize).prop_map(|(tokens, hidden, vocab)| Shape { tokens, hidden, vocab });
     let spread = prop::sample::select(vec![0.01, 1.0, 5.0, 30.0, 1000.0]);
     let tile = prop::sample::select(vec![1, 16, 100_000]);
     (shape, spread, options(), any::<u64>(), prop::sample::select(contracts()), tile)
-        .prop_map(|(shape, spread, options, seed, contract, tile)| (Case::new(shape, spread, options, seed), contract, tile))
+        .prop_map(|(shape, spread, options, seed, contract, tile)| (case(shape, spread, options, seed), contract, tile))
 }
 
 fn config() -> ProptestConfig {
@@ -132,24 +139,21 @@ proptest! {
 
     #[test]
     fn honest_computations_stay_at_the_floor((case, contract, tile) in cases()) {
-        let truth = truth(&case, contract);
-        let (per_token, d_hidden, d_unembedding) = Plain { contract, tile }.run(&case);
-        let exact = [&truth.forward.loss, &truth.forward.lse, &truth.forward.label_logits];
-        let errors = [&truth.floor.loss, &truth.floor.lse, &truth.floor.label_logits];
-        for i in 0..3 {
-            assert_honest(judge(errors[i], Precision::F32, column(&per_token[i]), column(exact[i])))?;
-        }
-        let Gradients { hidden, unembedding } = &truth.gradients;
-        assert_honest(judge(&truth.floor.hidden.sum, contract.d_hidden, d_hidden.view(), hidden.sum().view()))?;
-        assert_honest(judge(&truth.floor.unembedding.sum, contract.d_unembedding, d_unembedding.view(), unembedding.sum().view()))?;
+        let truth = Truth::new(&case, contract);
+        let (forward, d_hidden, d_unembedding) = Plain { contract, tile }.run(&case);
+        assert_honest(&truth.judge_forward(&forward))?;
+        assert_honest(&[
+            ("d_hidden", truth.judge_d_hidden(d_hidden.view())),
+            ("d_unembedding", truth.judge_d_unembedding(d_unembedding.view())),
+        ])?;
     }
 
     /// A gradient that is 0, a row off, a factor off, of the wrong sign or without its label term is not honest.
     #[test]
     fn dishonest_gradients_are_rejected(seed: u64, spread in prop::sample::select(vec![0.01, 1.0, 5.0]), contract in 0..3usize) {
         let contract = contracts()[contract];
-        let case = Case::new(Shape { tokens: 24, hidden: 48, vocab: 130 }, spread, LossOptions::default(), seed);
-        let truth = truth(&case, contract);
+        let case = case(Shape { tokens: 96, hidden: 48, vocab: 130 }, spread, LossOptions::default(), seed);
+        let truth = Truth::new(&case, contract);
         for (error, parts, output) in [
             (&truth.floor.hidden.sum, &truth.gradients.hidden, contract.d_hidden),
             (&truth.floor.unembedding.sum, &truth.gradients.unembedding, contract.d_unembedding),
@@ -158,7 +162,7 @@ proptest! {
             let rolled = Array2::from_shape_fn(sum.dim(), |(r, c)| sum[[(r + 1) % sum.nrows(), c]]);
             for wrong in [&sum * 0.0, rolled, &sum * 1.01, &sum * -1.0, parts.lse.clone()] {
                 let wrong = wrong.mapv(|x| output.round(x));
-                let verdict = judge(error, output, wrong.view(), sum.view());
+                let verdict = Verdict::new(error, output, wrong.view(), sum.view());
                 prop_assert!(!verdict.honest(), "{verdict:?}");
             }
         }

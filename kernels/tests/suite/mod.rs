@@ -374,7 +374,9 @@ pub fn recipes(tokens: usize, hidden: usize, vocab: usize) -> impl Strategy<Valu
     )
 }
 
+/// `cases` cases, or as many as the environment's PROPTEST_CASES says.
 pub fn config(cases: u32) -> ProptestConfig {
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default().cases } else { cases };
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
