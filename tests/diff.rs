@@ -57,8 +57,14 @@ fn any_loss(vocab: usize) -> impl Strategy<Value = LossSettings> {
     })
 }
 
+/// `cases` cases, or as many as the environment's PROPTEST_CASES says.
+fn config(cases: u32) -> ProptestConfig {
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default().cases } else { cases };
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config(48))]
 
     /// Honest gradients of any shape, regime, loss, precision and number of processes agree: recorded ones and the kernel's.
     #[test]
