@@ -44,3 +44,8 @@ mod tiled;
 pub mod vjp;
 
 pub use vjp::{Cotangents, Forward, GradientMut, Gradients, Kernel, Predictions};
+
+/// The examples of the kernels' guide, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/kernels.md")]
+struct Guide;
