@@ -129,7 +129,8 @@ fn capture(options: &Options, dumps: &Path) -> Result<Capture, Box<dyn Error>> {
         reduction: loss::REDUCTION,
         ..LossSettings::default()
     };
-    let Contract { logits, dlogits, accumulate, d_hidden, d_unembedding, .. } = Kernel::best().contract(DType::Bf16, DType::Bf16);
+    let Contract { logits, dlogits, accumulate, d_hidden, d_unembedding, .. } =
+        Kernel::best().contract([DType::Bf16; 2], [DType::Bf16; 2]);
     let [logits, dlogits, accumulate, d_hidden, d_unembedding] =
         [logits, dlogits, accumulate, d_hidden, d_unembedding].map(Precision::name);
     let contract = serde_json::json!({

@@ -36,6 +36,9 @@ mod cpu;
 mod elementwise;
 pub mod floor;
 mod gemm;
+mod lanes;
+mod memory;
+mod panels;
 pub mod problem;
 pub mod reduction;
 pub mod reference;
@@ -43,7 +46,7 @@ pub mod shard;
 mod tiled;
 pub mod vjp;
 
-pub use vjp::{Cotangents, Forward, GradientMut, Gradients, Kernel, Predictions};
+pub use vjp::{Cotangents, Dlogits, Forward, GradientMut, Gradients, Kernel, Predictions, UnknownKernel};
 
 /// The examples of the kernels' guide, compiled and run as tests.
 #[cfg(doctest)]

@@ -38,17 +38,7 @@ impl Default for TokenPartial {
 impl TokenPartial {
     /// Of the columns of both, which are disjoint.
     pub fn merge(self, other: Self) -> Self {
-        let max = if other.max > self.max { other.max } else { self.max };
-        let scaled = |part: Self| {
-            // Spares an exponential, and −∞ − −∞.
-            if part.max == max { f64::from(part.sum) } else { f64::from(part.sum) * (f64::from(part.max) - f64::from(max)).exp() }
-        };
-        Self {
-            max,
-            sum: (scaled(self) + scaled(other)) as f32,
-            logit_sum: self.logit_sum + other.logit_sum,
-            label_logit: self.label_logit + other.label_logit,
-        }
+        Self::merged([self, other].into_iter())
     }
 
     /// ℓ and lse, once all columns are in. In float64 inside: one rounding each.
@@ -59,6 +49,27 @@ impl TokenPartial {
         let smoothing =
             if label_smoothing > 0.0 { label_smoothing * (label - logit_sum / problem.valid_total() as f64) } else { 0.0 };
         (((max - label) + sum.ln() + smoothing + z_loss * lse * lse) as f32, lse as f32)
+    }
+}
+
+/// What some columns contribute to a result per token, and how contributions become one.
+pub(crate) trait Share: Copy + Default + Send + Sync {
+    /// That of all the shares' columns, which are disjoint.
+    fn merged(shares: impl Iterator<Item = Self> + Clone) -> Self;
+}
+
+impl Share for TokenPartial {
+    fn merged(shares: impl Iterator<Item = Self> + Clone) -> Self {
+        let max = shares.clone().fold(f32::NEG_INFINITY, |max, share| if share.max > max { share.max } else { max });
+        let (mut sum, mut logit_sum, mut label_logit) = (0.0, 0.0, 0.0);
+        for share in shares {
+            // Spares an exponential, and −∞ − −∞.
+            let factor = if share.max == max { 1.0 } else { (f64::from(share.max) - f64::from(max)).exp() };
+            sum += f64::from(share.sum) * factor;
+            logit_sum += f64::from(share.logit_sum);
+            label_logit += share.label_logit;
+        }
+        Self { max, sum: sum as f32, logit_sum: logit_sum as f32, label_logit }
     }
 }
 

@@ -9,37 +9,114 @@
 
 use crate::contract::{Contract, LabelTerm, Precision};
 use crate::cpu::{self, Backend};
+use crate::gemm::Write;
+use crate::memory;
+use crate::panels::Pack;
 use crate::problem::{DType, Label, Layout, Problem, ProblemError};
 use crate::shard::{Partial, TokenPartial};
-use crate::tiled::{Plan, Reuse, Sinks};
+use crate::tiled::{Settings, Sinks};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
-/// The default bound on the logits workspace, in bytes.
-const WORKSPACE: usize = 128 << 20;
+/// The default bound on the workspace, in bytes; with what two threads pack into it makes 128 MiB at most.
+const WORKSPACE: usize = 120 << 20;
+
+/// The environment variable that names the kernel to use.
+const CHOICE: &str = "FUSED_XENT_KERNEL";
 
 /// A fused cross-entropy kernel. A value is the proof that this machine can run it.
 ///
 /// All work runs on the current rayon thread pool, and the results are the same bits for any number of threads.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    backend: &'static dyn Backend,
+    name: &'static str,
+    /// Float32 arithmetic.
+    wide: &'static dyn Backend,
+    /// Products of bfloat16 with sums in float32, for inputs that are bfloat16.
+    narrow: Option<&'static dyn Backend>,
     workspace: usize,
+    dlogits: Option<Dlogits>,
+}
+
+/// The precision of dlogits in the products that make dQ and dK of them; see the table in docs/performance.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dlogits {
+    /// One bfloat16: the fastest, and below what rounding a gradient to bfloat16 costs.
+    Bf16,
+    /// A high and a low bfloat16: gradients at the level of float32, in 10·N·D·V operations instead of 6·N·D·V.
+    Bf16x2,
+    /// Float32, and float32 arithmetic throughout.
+    F32,
+}
+
+impl Dlogits {
+    /// All, the least precise first.
+    pub const ALL: [Dlogits; 3] = [Dlogits::Bf16, Dlogits::Bf16x2, Dlogits::F32];
+}
+
+impl From<Dlogits> for Precision {
+    fn from(dlogits: Dlogits) -> Self {
+        match dlogits {
+            Dlogits::Bf16 => Precision::Bf16,
+            Dlogits::Bf16x2 => Precision::Bf16x2,
+            Dlogits::F32 => Precision::F32,
+        }
+    }
+}
+
+/// The environment names a kernel that this machine cannot run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{CHOICE} is `{found}`, expected one of the kernels of this machine: {}", available.join(", "))]
+pub struct UnknownKernel {
+    /// What it names.
+    pub found: String,
+    /// What there is.
+    pub available: Vec<&'static str>,
 }
 
 impl Kernel {
-    /// Plain Rust, compiled for the baseline of the target: runs everywhere.
-    pub fn portable() -> Self {
-        Self { backend: &cpu::portable::Portable, workspace: WORKSPACE }
+    fn new(name: &'static str, wide: &'static dyn Backend, narrow: Option<&'static dyn Backend>) -> Self {
+        Self { name, wide, narrow, workspace: WORKSPACE, dlogits: None }
     }
 
-    /// The fastest kernel of this machine.
+    /// Plain Rust, compiled for the baseline of the target: runs everywhere.
+    pub fn portable() -> Self {
+        Self::new("portable", &cpu::portable::Portable, None)
+    }
+
+    /// The kernel that the environment variable `FUSED_XENT_KERNEL` names, or else the fastest of this machine.
+    ///
+    /// # Errors
+    /// If it names none that this machine can run.
+    pub fn from_environment() -> Result<Self, UnknownKernel> {
+        let Some(found) = std::env::var_os(CHOICE) else { return Ok(Self::available().swap_remove(0)) };
+        let found = found.to_string_lossy().into_owned();
+        let available = || Self::available().iter().map(Self::name).collect();
+        Self::by_name(&found).ok_or_else(|| UnknownKernel { available: available(), found })
+    }
+
+    /// As [`Kernel::from_environment`]; where that fails, it says so on standard error and is the fastest kernel.
     pub fn best() -> Self {
-        Self::available().swap_remove(0)
+        Self::from_environment().unwrap_or_else(|error| {
+            static ONCE: std::sync::Once = std::sync::Once::new();
+            ONCE.call_once(|| eprintln!("fused-xent: {error}; going on with the fastest"));
+            Self::available().swap_remove(0)
+        })
     }
 
     /// Every kernel that this machine can run, the fastest first.
     pub fn available() -> Vec<Self> {
-        vec![Self::portable()]
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(wide) = cpu::avx512::Avx512::get() {
+                all.extend(cpu::avx512_bf16::Avx512Bf16::get().map(|narrow| Self::new("avx512-bf16", wide, Some(narrow))));
+                all.push(Self::new("avx512", wide, None));
+            }
+            all.extend(cpu::avx2::Avx2::get().map(|wide| Self::new("avx2", wide, None)));
+        }
+        all.push(Self::portable());
+        all
     }
 
     /// The kernel of this name, if this machine can run it.
@@ -47,34 +124,55 @@ impl Kernel {
         Self::available().into_iter().find(|kernel| kernel.name() == name)
     }
 
-    /// `portable`, …
+    /// `avx512-bf16`, `avx512`, `avx2`, `portable`, …
     pub fn name(&self) -> &'static str {
-        self.backend.name()
+        self.name
     }
 
-    /// Bounds the workspace for logits; a bound below one tile (64 KiB) means one tile.
+    /// Bounds the workspace; a bound too small for one panel of tokens and one chunk of logits means those.
     ///
-    /// Beyond it a call holds D floats per token of a block (at most 1024 tokens), up to 1.3 MB per thread, and V·D floats
-    /// where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
+    /// It holds logits, Q twice in panels, and dQ, for a block of tokens. Beyond it a call packs into up to 2 MiB per thread, and
+    /// holds V·D floats where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
     pub fn with_workspace(self, bytes: usize) -> Self {
         Self { workspace: bytes, ..self }
     }
 
-    /// The bytes of logits that [`Kernel::loss_and_grad`] will hold for `problem`.
-    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
-        Plan::new(problem, self.workspace, Reuse::WholeRows).elements() * size_of::<f32>()
+    /// Chooses the precision of dlogits in the gradient products.
+    ///
+    /// Without a choice it is bfloat16 where all gradients asked for are, else a pair of them. A kernel that has no bfloat16
+    /// arithmetic, and any kernel where an input is not bfloat16, keeps float32 whatever was chosen.
+    pub fn with_dlogits(self, dlogits: Dlogits) -> Self {
+        Self { dlogits: Some(dlogits), ..self }
     }
 
-    /// What this kernel promises where gradients are asked for in these dtypes.
-    pub fn contract(&self, d_hidden: DType, d_unembedding: DType) -> Contract {
+    /// The bytes of workspace that [`Kernel::loss_and_grad`] will hold for `problem`.
+    pub fn workspace_bytes(&self, problem: &Problem) -> usize {
+        let (backend, settings, _) = self.select(dtypes(problem), &[]);
+        backend.workspace_bytes(problem, settings)
+    }
+
+    /// What this kernel promises for inputs Q and K of these dtypes, where dQ and dK are asked for in those.
+    pub fn contract(&self, inputs: [DType; 2], gradients: [DType; 2]) -> Contract {
         Contract {
             logits: Precision::F32,
-            dlogits: self.backend.dlogits(),
+            dlogits: self.select(inputs, &gradients).2.into(),
             label: LabelTerm::Joint,
             accumulate: Precision::F32,
-            d_hidden: d_hidden.into(),
-            d_unembedding: d_unembedding.into(),
+            d_hidden: gradients[0].into(),
+            d_unembedding: gradients[1].into(),
         }
+    }
+
+    /// The arithmetic for inputs of these dtypes, and the precision of dlogits for gradients of those.
+    fn select(&self, inputs: [DType; 2], gradients: &[DType]) -> (&'static dyn Backend, Settings, Dlogits) {
+        let default = if gradients.contains(&DType::F32) { Dlogits::Bf16x2 } else { Dlogits::Bf16 };
+        let dlogits = self.dlogits.unwrap_or(default);
+        let (backend, dlogits) = match self.narrow {
+            Some(narrow) if inputs == [DType::Bf16; 2] && dlogits != Dlogits::F32 => (narrow, dlogits),
+            _ => (self.wide, Dlogits::F32),
+        };
+        let parts = if dlogits == Dlogits::Bf16x2 { 2 } else { 1 };
+        (backend, Settings { workspace: self.workspace, parts }, dlogits)
     }
 
     /// Per-token loss, lse and label logits.
@@ -83,14 +181,15 @@ impl Kernel {
     /// If the unembedding is a shard.
     pub fn forward(&self, problem: &Problem) -> Result<Forward, ProblemError> {
         problem.require_whole("the forward")?;
-        let plan = Plan::new(problem, self.workspace, Reuse::Once);
-        Ok(Forward::new(problem, self.backend.partials(problem, plan)))
+        let (backend, settings, _) = self.select(dtypes(problem), &[]);
+        Ok(Forward::new(problem, backend.partials(problem, settings)))
     }
 
     /// What this unembedding, a vocab shard or the whole, contributes to the forward: 2·N·D·V operations.
     pub fn partial(&self, problem: &Problem) -> Partial {
         let mut tokens = vec![TokenPartial::default(); problem.shape().tokens];
-        let partials = self.backend.partials(problem, Plan::new(problem, self.workspace, Reuse::Once));
+        let (backend, settings, _) = self.select(dtypes(problem), &[]);
+        let partials = backend.partials(problem, settings);
         partials.into_iter().for_each(|(n, partial)| tokens[n] = partial);
         Partial { tokens, columns: problem.valid_columns() }
     }
@@ -103,7 +202,8 @@ impl Kernel {
         problem.require_whole("prediction")?;
         let n = problem.shape().tokens;
         let mut out = Predictions { argmax: vec![0; n], entropy: vec![0.0; n], accuracy: None };
-        let rows = self.backend.predictions(problem, Plan::new(problem, self.workspace, Reuse::Once));
+        let (backend, settings, _) = self.select(dtypes(problem), &[]);
+        let rows = backend.predictions(problem, settings);
         let mut hits = 0;
         for (n, row) in &rows {
             (out.argmax[*n], out.entropy[*n]) = row.finish();
@@ -129,8 +229,8 @@ impl Kernel {
     ) -> Result<(), ProblemError> {
         per_token("lse", lse, problem)?;
         cotangents.validate(problem)?;
-        let plan = Plan::new(problem, self.workspace, Reuse::Once);
-        gradients.fill(problem, |sinks| self.backend.backward(problem, plan, lse, cotangents, sinks))
+        let (backend, settings, _) = self.select(dtypes(problem), &gradients.dtypes());
+        gradients.fill(problem, |sinks| backend.backward(problem, settings, lse, cotangents, sinks))
     }
 
     /// [`Kernel::forward`] and [`Kernel::backward`] in one go, for `loss_cotangent` = g [N], the cotangent of the loss.
@@ -146,10 +246,15 @@ impl Kernel {
         problem.require_whole("loss_and_grad")?;
         let cotangents = Cotangents { loss: Some(loss_cotangent), ..Cotangents::default() };
         cotangents.validate(problem)?;
-        let plan = Plan::new(problem, self.workspace, Reuse::WholeRows);
-        let partials = gradients.fill(problem, |sinks| self.backend.partials_and_backward(problem, plan, cotangents, sinks))?;
+        let (backend, settings, _) = self.select(dtypes(problem), &gradients.dtypes());
+        let partials = gradients.fill(problem, |sinks| backend.partials_and_backward(problem, settings, cotangents, sinks))?;
         Ok(Forward::new(problem, partials))
     }
+}
+
+/// Of the inputs.
+fn dtypes(problem: &Problem) -> [DType; 2] {
+    [problem.hidden().dtype(), problem.unembedding().dtype()]
 }
 
 /// Per-token results, [N] each; 0 at masked tokens.
@@ -264,9 +369,9 @@ impl GradientMut<'_> {
     /// 0, where the buffer is overwritten.
     fn clear(&mut self) {
         match self {
-            GradientMut::Bf16(s) => s.fill(bf16::ZERO),
-            GradientMut::F16(s) => s.fill(f16::ZERO),
-            GradientMut::F32(s) => s.fill(0.0),
+            GradientMut::Bf16(s) => s.par_chunks_mut(PIECE).for_each(|s| s.fill(bf16::ZERO)),
+            GradientMut::F16(s) => s.par_chunks_mut(PIECE).for_each(|s| s.fill(f16::ZERO)),
+            GradientMut::F32(s) => s.par_chunks_mut(PIECE).for_each(|s| s.fill(0.0)),
             GradientMut::Accumulate(_) => {}
         }
     }
@@ -275,16 +380,37 @@ impl GradientMut<'_> {
     pub(crate) fn put(&mut self, start: usize, values: &[f32]) {
         let range = start..start + values.len();
         match self {
-            GradientMut::Bf16(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s = bf16::from_f32(x)),
+            GradientMut::Bf16(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s = Pack::pack(x)),
             GradientMut::F16(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s = f16::from_f32(x)),
             GradientMut::F32(s) => s[range].copy_from_slice(values),
             GradientMut::Accumulate(s) => s[range].iter_mut().zip(values).for_each(|(s, &x)| *s += x),
         }
     }
+
+    /// As [`GradientMut::put`] for all of it, on all threads.
+    fn put_all(&mut self, values: &[f32]) {
+        let parts = values.par_chunks(PIECE);
+        match self {
+            GradientMut::Bf16(s) => s.par_chunks_mut(PIECE).zip(parts).for_each(|(s, x)| GradientMut::Bf16(s).put(0, x)),
+            GradientMut::F16(s) => s.par_chunks_mut(PIECE).zip(parts).for_each(|(s, x)| GradientMut::F16(s).put(0, x)),
+            GradientMut::F32(s) => s.par_chunks_mut(PIECE).zip(parts).for_each(|(s, x)| GradientMut::F32(s).put(0, x)),
+            GradientMut::Accumulate(s) => {
+                s.par_chunks_mut(PIECE).zip(parts).for_each(|(s, x)| GradientMut::Accumulate(s).put(0, x))
+            }
+        }
+    }
 }
 
+/// Elements that a thread writes at a time.
+const PIECE: usize = 1 << 16;
+
 impl Gradients<'_> {
-    /// Checks the buffers, runs `backward` on what it may add to, and rounds.
+    /// Of those asked for.
+    fn dtypes(&self) -> Vec<DType> {
+        [&self.d_hidden, &self.d_unembedding].into_iter().flatten().map(GradientMut::dtype).collect()
+    }
+
+    /// Checks the buffers, runs `backward` on what it may write, and rounds.
     fn fill<R>(mut self, problem: &Problem, backward: impl FnOnce(Sinks) -> R) -> Result<R, ProblemError> {
         let shape = problem.shape();
         let (n_d, v_d) = (shape.tokens * shape.hidden, shape.vocab * shape.hidden);
@@ -295,15 +421,23 @@ impl Gradients<'_> {
         if let Some(d_unembedding) = &self.d_unembedding {
             d_unembedding.validate("d_unembedding", problem.unembedding().dtype(), v_d, dk_shape)?;
         }
-        [&mut self.d_hidden, &mut self.d_unembedding].into_iter().flatten().for_each(GradientMut::clear);
+        if let Some(d_hidden) = &mut self.d_hidden {
+            d_hidden.clear();
+        }
+        // Every valid column is written once a token takes part; what else there is, is 0.
+        let all_written = problem.valid_columns() == shape.vocab && problem.labels().iter().any(|&l| l != Label::Masked);
+        if let Some(d_unembedding) = self.d_unembedding.as_mut().filter(|_| !all_written) {
+            d_unembedding.clear();
+        }
         let d_hidden = self.d_hidden.as_mut();
         Ok(match &mut self.d_unembedding {
             None => backward(Sinks { d_hidden, d_unembedding: None }),
-            Some(GradientMut::F32(sum) | GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some(sum) }),
+            Some(GradientMut::F32(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Set)) }),
+            Some(GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Add)) }),
             Some(narrow) => {
-                let mut sum = vec![0.0; v_d];
-                let result = backward(Sinks { d_hidden, d_unembedding: Some(&mut sum) });
-                narrow.put(0, &sum);
+                let mut sum = memory::zeros(v_d);
+                let result = backward(Sinks { d_hidden, d_unembedding: Some((&mut sum, Write::Set)) });
+                narrow.put_all(&sum);
                 result
             }
         })

@@ -22,7 +22,7 @@ proptest! {
         let overflows = |dtype| dtype == DType::F16 && recipe.spread > 100.0;
         let dtypes = dtypes.map(|dtype| if overflows(dtype) { DType::F32 } else { dtype });
         for kernel in kernels() {
-            let truth = Truth::new(&case, kernel.contract(dtypes[0], dtypes[1]));
+            let truth = Truth::of(&case, &kernel, dtypes);
             assert_honest(&truth.judge(&case, &case.run(&kernel, dtypes)))?;
             if let [Some(_), None, None] = case.cotangents {
                 assert_honest(&truth.judge(&case, &case.run_at_once(&kernel, dtypes)))?;
@@ -39,7 +39,7 @@ proptest! {
     fn large_results_are_at_the_floor(recipe in recipes(500, 400, 3000)) {
         let case = recipe.case();
         for kernel in kernels() {
-            let truth = Truth::new(&case, kernel.contract(DType::F32, DType::F32));
+            let truth = Truth::of(&case, &kernel, [DType::F32; 2]);
             assert_honest(&truth.judge(&case, &case.run(&kernel, [DType::F32; 2])))?;
         }
     }
@@ -56,7 +56,7 @@ proptest! {
                 let tokens = (recipe.shape.tokens + 31 * m) % 100;
                 let other = Recipe { shape: Shape { tokens, ..recipe.shape }, seed: recipe.seed ^ m as u64, ..recipe }.case();
                 let case = Case { unembedding: recipe.case().unembedding, ..other };
-                let truth = Truth::new(&case, kernel.contract(DType::F32, DType::F32));
+                let truth = Truth::of(&case, &kernel, [DType::F32; 2]);
                 let problem = case.problem();
                 let forward = kernel.forward(&problem).unwrap();
                 let gradients = Gradients { d_unembedding: Some(GradientMut::Accumulate(&mut sum)), ..Gradients::default() };
@@ -82,7 +82,7 @@ proptest! {
         let options = LossOptions { label_smoothing: if smoothing { 0.1 } else { 0.0 }, ..LossOptions::default() };
         let case = Recipe { dtypes: [dtype; 2], seed, options, ..Recipe::plain(60, 48, 300) }.case();
         for kernel in kernels() {
-            let truth = Truth::new(&case, kernel.contract(dtype, dtype));
+            let truth = Truth::of(&case, &kernel, [dtype; 2]);
             let results = case.run(&kernel, [dtype; 2]);
             assert_honest(&truth.judge(&case, &results))?;
 

@@ -36,7 +36,7 @@ proptest! {
         let case = recipe.case();
         let Shape { tokens, hidden: d, .. } = case.shape;
         for kernel in kernels() {
-            let truth = Truth::new(&case, kernel.contract(DType::F32, DType::F32));
+            let truth = Truth::of(&case, &kernel, [DType::F32; 2]);
             let shards = shards(&case, count);
             let problems: Vec<Problem> = shards.iter().map(|(c, at)| c.try_problem(Some(*at)).unwrap()).collect();
             let mut partials: Vec<Partial> = problems.iter().map(|p| kernel.partial(p)).collect();
@@ -93,7 +93,7 @@ proptest! {
         let Shape { tokens, hidden: d, vocab } = case.shape;
         let cut = (at * tokens as f64) as usize;
         for kernel in kernels() {
-            let truth = Truth::new(&case, kernel.contract(DType::F32, DType::F32));
+            let truth = Truth::of(&case, &kernel, [DType::F32; 2]);
             let whole = case.run(&kernel, [DType::F32; 2]);
             let mut d_unembedding = vec![0.0; vocab * d];
             for range in [0..cut, cut..tokens] {

@@ -30,7 +30,7 @@ pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffErro
         description: format!("the fused kernel {} of this machine", kernel.name()),
         microbatches,
         accumulated: accumulated.map(|total| values(&total, Stage::AccumulatedDUnembedding, problem)),
-        contracts: vec![kernel.contract(DType::F32, DType::F32)],
+        contracts: vec![kernel.contract([problem.hidden().dtype(), problem.unembedding().dtype()], [DType::F32; 2])],
         contract_source: "declared",
     })
 }

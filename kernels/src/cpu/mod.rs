@@ -1,97 +1,139 @@
 //! The instruction sets that the kernel is compiled for, and what it asks of one.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_bf16;
 pub(crate) mod portable;
 
-use crate::contract::Precision;
+use crate::gemm::{Left, Write};
+use crate::lanes::Prediction;
+use crate::panels::{Pack, Packed};
 use crate::problem::Problem;
 use crate::shard::TokenPartial;
-use crate::tiled::{Pass, Plan, RowPrediction, Sinks};
+use crate::tiled::{Pass, Settings, Sinks};
 use crate::vjp::Cotangents;
 use std::fmt::Debug;
 
 /// One instruction set: what [`crate::tiled`] and [`crate::gemm`] are generic over. A value is the proof that this machine has it.
 ///
-/// The product of two panels is all that an instruction set has to write by hand; everything else is plain code over
-/// arrays that the compiler vectorises inside [`Isa::vectorize`].
+/// The product of a left and a right panel is all that an instruction set has to write by hand; everything else is plain code
+/// over slices that the compiler vectorises: [`Vectorized`].
+///
+/// Operands lie in *words*: [`Isa::KU`] consecutive terms of the sum, side by side.
 pub(crate) trait Isa: Copy + Debug + Send + Sync + 'static {
-    /// The kernel's name.
-    const NAME: &'static str;
-    /// What dlogits are rounded to before the gradient products.
-    const DLOGITS: Precision;
-    /// Rows of a micro-tile: the height of a left panel.
+    /// Rows of a micro-tile. It divides NR.
     const MR: usize;
     /// Columns of a micro-tile: the width of a right panel.
     const NR: usize;
-    /// How many consecutive terms of the sum lie side by side in a panel, for instructions that add so many at once.
+    /// Columns of which a micro-tile may have fewer than NR: a vector's. It divides NR.
+    const LANES: usize;
+    /// Terms in a word, for instructions that add so many at once.
     const KU: usize;
-    /// Element of a packed panel; its default is 0.
-    type Packed: Copy + Default + Send + Sync;
-
-    /// An element, as packed.
-    fn pack(x: f32) -> Self::Packed;
+    /// Element of a packed operand.
+    type Packed: Packed;
 
     /// a·b + c, in one rounding where that is fast and in two where it is not.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 
-    /// acc[i·NR + j] = Σ_p left[p·MR + i] · right[p·NR + j] (with KU = 1; else p runs in groups of KU).
+    /// c[i·stride + j] = or += Σ_p left(i, p)·right[p, j] for i < MR, j < vectors·LANES, p < steps words.
     ///
-    /// Both panels hold the same number of terms, a multiple of KU; `acc` has MR·NR elements.
-    fn product(self, left: &[Self::Packed], right: &[Self::Packed], acc: &mut [f32]);
+    /// Word p of the right panel's column j lies at word p·NR + j. The micro-tile at `next`, which
+    /// may be anywhere, is brought nearer meanwhile.
+    ///
+    /// # Safety
+    /// The left operand has MR rows and `steps` words in each, the right panel `steps`·NR words; `c` may be read and written
+    /// wherever the formula says; `vectors`·LANES is not above NR.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn product(
+        self,
+        steps: usize,
+        left: Left<Self::Packed>,
+        right: *const Self::Packed,
+        c: *mut f32,
+        stride: usize,
+        vectors: usize,
+        write: Write,
+        next: *const f32,
+    );
 
-    /// Runs `f`, which must be inlined all the way down, compiled for this instruction set.
-    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;
+    /// Does the work, compiled for this instruction set.
+    fn vectorize<R>(self, work: impl Vectorized<Self, R>) -> R;
+
+    /// out[i] = x[i], each rounded once to nearest even.
+    #[inline(always)]
+    fn pack_row(x: &[f32], out: &mut [Self::Packed]) {
+        let out = &mut out[..x.len()];
+        for i in 0..x.len() {
+            out[i] = Pack::pack(x[i]);
+        }
+    }
+
+    /// out[2i] = even[i] and out[2i + 1] = odd[i], likewise.
+    #[inline(always)]
+    fn pack_pairs(even: &[f32], odd: &[f32], out: &mut [Self::Packed]) {
+        let (odd, out) = (&odd[..even.len()], &mut out[..2 * even.len()]);
+        for i in 0..even.len() {
+            out[2 * i] = Pack::pack(even[i]);
+            out[2 * i + 1] = Pack::pack(odd[i]);
+        }
+    }
+}
+
+/// Plain loops over slices, to be compiled for an instruction set: a function with its arguments.
+///
+/// A closure would do, but for one thing: nothing makes sure that it is inlined into [`Isa::vectorize`].
+pub(crate) trait Vectorized<I: Isa, R> {
+    /// Must be `#[inline(always)]`, as must be all that it calls.
+    fn run(self) -> R;
 }
 
 /// What the public kernel asks of an instruction set, whichever it is.
 pub(crate) trait Backend: Debug + Sync {
-    /// The kernel's name.
-    fn name(&self) -> &'static str;
-    /// What dlogits are rounded to before the gradient products.
-    fn dlogits(&self) -> Precision;
     /// Every active token with what the loss needs to know of its logits.
-    fn partials(&self, problem: &Problem, plan: Plan) -> Vec<(usize, TokenPartial)>;
+    fn partials(&self, problem: &Problem, settings: Settings) -> Vec<(usize, TokenPartial)>;
     /// Every active token with its prediction.
-    fn predictions(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowPrediction)>;
+    fn predictions(&self, problem: &Problem, settings: Settings) -> Vec<(usize, Prediction)>;
     /// Fills the sinks, given every token's lse.
-    fn backward(&self, problem: &Problem, plan: Plan, lse: &[f32], cotangents: Cotangents, sinks: Sinks);
+    fn backward(&self, problem: &Problem, settings: Settings, lse: &[f32], cotangents: Cotangents, sinks: Sinks);
     /// Both passes at once.
     fn partials_and_backward(
         &self,
         problem: &Problem,
-        plan: Plan,
+        settings: Settings,
         cotangents: Cotangents,
         sinks: Sinks,
     ) -> Vec<(usize, TokenPartial)>;
+    /// Bytes that [`Backend::partials_and_backward`] will hold beside its inputs and results.
+    fn workspace_bytes(&self, problem: &Problem, settings: Settings) -> usize;
 }
 
 impl<I: Isa> Backend for I {
-    fn name(&self) -> &'static str {
-        I::NAME
+    fn partials(&self, problem: &Problem, settings: Settings) -> Vec<(usize, TokenPartial)> {
+        Pass::new(*self, problem, settings).partials()
     }
 
-    fn dlogits(&self) -> Precision {
-        I::DLOGITS
+    fn predictions(&self, problem: &Problem, settings: Settings) -> Vec<(usize, Prediction)> {
+        Pass::new(*self, problem, settings).predictions()
     }
 
-    fn partials(&self, problem: &Problem, plan: Plan) -> Vec<(usize, TokenPartial)> {
-        Pass::new(*self, problem, plan).partials()
-    }
-
-    fn predictions(&self, problem: &Problem, plan: Plan) -> Vec<(usize, RowPrediction)> {
-        Pass::new(*self, problem, plan).predictions()
-    }
-
-    fn backward(&self, problem: &Problem, plan: Plan, lse: &[f32], cotangents: Cotangents, sinks: Sinks) {
-        Pass::new(*self, problem, plan).backward(lse, cotangents, sinks);
+    fn backward(&self, problem: &Problem, settings: Settings, lse: &[f32], cotangents: Cotangents, sinks: Sinks) {
+        Pass::new(*self, problem, settings).backward(lse, cotangents, sinks);
     }
 
     fn partials_and_backward(
         &self,
         problem: &Problem,
-        plan: Plan,
+        settings: Settings,
         cotangents: Cotangents,
         sinks: Sinks,
     ) -> Vec<(usize, TokenPartial)> {
-        Pass::new(*self, problem, plan).partials_and_backward(cotangents, sinks)
+        Pass::new(*self, problem, settings).partials_and_backward(cotangents, sinks)
+    }
+
+    fn workspace_bytes(&self, problem: &Problem, settings: Settings) -> usize {
+        Pass::new(*self, problem, settings).workspace_bytes()
     }
 }

@@ -5,7 +5,7 @@
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Error, Floor};
 use fused_xent_kernels::problem::{DType, Floats, Inputs, Layout, LossOptions, Problem, Shape, VocabShard};
-use fused_xent_kernels::{Cotangents, Forward, GradientMut, Gradients, Kernel, reference};
+use fused_xent_kernels::{Cotangents, Dlogits, Forward, GradientMut, Gradients, Kernel, reference};
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2};
 use proptest::prelude::*;
@@ -228,6 +228,11 @@ pub struct Truth {
 }
 
 impl Truth {
+    /// By the contract of a kernel that gives gradients in `dtypes`.
+    pub fn of(case: &Case, kernel: &Kernel, dtypes: [DType; 2]) -> Self {
+        Self::new(case, kernel.contract(case.dtypes(), dtypes))
+    }
+
     pub fn new(case: &Case, contract: Contract) -> Self {
         let problem = case.problem();
         let cotangents = case.reference_cotangents();
@@ -380,14 +385,19 @@ pub fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// What keeps the logits workspace at its smallest: 64 tokens of 256 columns.
+/// What keeps the workspace at its smallest: one panel of tokens and one chunk of columns.
 pub const TINY: usize = 0;
 
-/// Every kernel of this machine, with a roomy workspace and with one that forces chunks and recomputing.
+/// Every kernel of this machine with every precision of dlogits that it has, with a roomy workspace and with one that forces
+/// chunks and recomputing.
 ///
 /// All suites run over these, so none can be registered without them.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
-    Kernel::available().into_iter().flat_map(|kernel| [kernel.clone(), kernel.with_workspace(TINY)])
+    let with_precisions = |kernel: Kernel| {
+        let narrow = kernel.name().ends_with("bf16").then(|| kernel.clone().with_dlogits(Dlogits::Bf16));
+        [kernel.with_dlogits(Dlogits::Bf16x2)].into_iter().chain(narrow)
+    };
+    Kernel::available().into_iter().flat_map(with_precisions).flat_map(|kernel| [kernel.clone(), kernel.with_workspace(TINY)])
 }
 
 /// Runs `f` on as many threads.
