@@ -57,7 +57,7 @@ def torch_linear_ce(q, k, y):
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy
 
-    return linear_cross_entropy(q, k, y, options=LinearCrossEntropyOptions())
+    return linear_cross_entropy(q, k, y, options=LinearCrossEntropyOptions(batch_chunk_size=CHUNK))
 
 
 def cce_compile(q, k, y):
@@ -76,8 +76,8 @@ def torch_chunked(hidden, unembedding, targets, threads):
 
     def run(dq=None, dk=None):
         loss = torch.zeros(())
-        for chunk in torch.arange(len(q)).split(CHUNK):
-            rows = slice(chunk[0], chunk[-1] + 1)
+        for start in range(0, len(q), CHUNK):
+            rows = slice(start, start + CHUNK)
             z = (q[rows] @ k.T).float()
             lse, label = z.logsumexp(1), y[rows, None]
             loss += (lse - z.gather(1, label)[:, 0]).sum() / len(q)
@@ -175,8 +175,9 @@ def serve(name, folder, tokens, hidden, vocab, threads, say):
         if prefix:
             for file, x in zip(("dq", "dk"), gradients):
                 x.tofile(f"{prefix}.{file}")
-        # What a pass gives back is gone, from the process too, before the next one is measured.
+        # What a pass took is given back before the next is measured; XLA does so a moment later, on threads of its own.
         result = gradients = x = None
+        time.sleep(0.05)
         trim(0)
         say(answer)
 

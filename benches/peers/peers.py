@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -21,11 +22,13 @@ from contenders import RECIPES
 
 OURS = "fused-xent"
 OPERATIONS = {"loss_and_grad": 6, "forward": 2, "recompute": 8}  # times N·D·V
-# A contender whose mean loss or gradients are further than this from float64, relatively, is wrong, not imprecise:
-# bfloat16 logits cost some 0.5 %.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
+# A contender whose mean loss or gradients are further than this from float64, relatively, is wrong, not imprecise. Seen so far:
+# gradients 1 % off for bfloat16 logits, and a loss 1.4 % off, summed over 125 chunks in bfloat16.
+TOLERANCE = 0.05
 # At float32 level: no further from float64 than rounding to the gradient's own dtype, and this.
 SLACK, FLOAT32_LEVEL = 1.02, 1e-5
+WRONG = "wrong answer"
+MOST_IDLE = 0.03  # of a core
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -69,14 +72,12 @@ class Contender:
         return self.answer()
 
     def run(self, command):
-        """The answer, with the bytes that the pass took beyond inputs and gradients."""
+        """The answer; where the contender does not count its own allocations, with the resident memory before and at most."""
         pid = self.process.pid
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # peak resident memory := resident memory
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the most so far := now
         before = memory(pid, "VmRSS")
         answer = self.ask(command)
-        grown = memory(pid, "VmHWM") - before - answer.get("gradient_bytes", 0)
-        answer.setdefault("extra_bytes", max(grown, 0))
-        return answer
+        return {"resident_before": before, "resident_most": memory(pid, "VmHWM")} | answer
 
     def end(self):
         self.process.kill()
@@ -130,7 +131,7 @@ class Reference:
             dq.append(dlogits[np.isin(rows, self.tokens)] @ k)
         self.dq = np.concatenate(dq)
 
-    def judge(self, contender, answer):
+    def judge(self, contender, what, answer):
         """Relative errors, and whether each gradient is at float32 level. Takes the gradients' files away."""
         found = {"loss_error": abs(answer["loss"] - self.loss) / self.loss}
         for name, expected, sample in (("dq", self.dq, self.tokens), ("dk", self.dk, self.ids)):
@@ -144,13 +145,10 @@ class Reference:
             error = relative(rows, expected)
             found |= {f"{name}_dtype": dtype.name, f"{name}_error": error, f"{name}_rounding": floor}
             found[f"{name}_float32_level"] = bool(error <= SLACK * floor + FLOAT32_LEVEL)
-        wrong = [
-            f"{what} is off by {found[what + '_error']:.2g}"
-            for what, most in (("loss", LOSS_TOLERANCE), ("dq", GRADIENT_TOLERANCE), ("dk", GRADIENT_TOLERANCE))
-            if not found.get(what + "_error", 0) <= most
-        ]
+        errors = {name: found.get(f"{name}_error", 0.0) for name in ("loss", "dq", "dk")}
+        wrong = [f"{name} is off by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE]
         if wrong:
-            raise Failure(f"wrong answer to {answer['pass']}: {', '.join(wrong)}")
+            raise Failure(f"{WRONG} to {what}: {', '.join(wrong)}")
         return found
 
 
@@ -159,21 +157,35 @@ def relative(found, expected):
 
 
 def measure(shape, options, folder, environment):
-    """One shape's contenders, all of them: (results, failures, peak, share of a core that the idle took)."""
+    """The report on one shape: a process for every contender, warmed up and judged, then the rounds."""
     numbers = [str(x) for x in shape]
     q, k, y = make_inputs(folder, *shape)
     reference = Reference(q, k, y)
     del q, k, y
     contenders, failures, results = {}, {}, {}
-    peak = {"instructions": "none measured", "gflops": 0.0}
+    peak = {"instructions": "none", "gflops": 0.0}
 
     def attempt(name, step):
         try:
-            return step()
+            step()
         except Failure as failure:
             failures[name] = str(failure)
             print(f"{name}: {failure}", file=sys.stderr)
             contenders.pop(name).end()
+
+    def warm_up(contender):
+        contender.greet()
+        for what in (p for p in options.passes if p in contender.passes):
+            answer = contender.run(f"{what} {contender.prefix}")
+            judged = reference.judge(contender, what, answer)
+            results[contender.name, what] = {"answers": [], "loss": answer["loss"], **judged}
+
+    def turn(contender):
+        nonlocal peak
+        for what in (p for p in options.passes if p in contender.passes):
+            results[contender.name, what]["answers"].append(contender.run(what))
+        if contender.name.startswith(OURS):
+            peak = max(peak, contender.ask("peak"), key=lambda p: p["gflops"])
 
     try:
         for name in options.only:
@@ -183,44 +195,33 @@ def measure(shape, options, folder, environment):
                 recipes = str(Path(__file__).with_name("contenders.py"))
                 command = [sys.executable, recipes, name, folder, *numbers, str(options.threads)]
             progress(f"{name}: first run")
-            contender = contenders[name] = Contender(name, command, folder, environment)
-
-            def warm_up():
-                contender.greet()
-                for what in (p for p in options.passes if p in contender.passes):
-                    answer = contender.run(f"{what} {contender.prefix}") | {"pass": what}
-                    judged = reference.judge(contender, answer)
-                    results[name, what] = {"seconds": [], "extra_bytes": [], "loss": answer["loss"], **judged}
-
-            attempt(name, warm_up)
+            contenders[name] = Contender(name, command, folder, environment)
+            attempt(name, lambda: warm_up(contenders[name]))
+        time.sleep(0.5)  # the threads of this process's BLAS, busy with judging, spin for a while
         idle_share = 0.0
         for number in range(options.rounds):
             for name, contender in list(contenders.items()):
                 progress(f"round {number + 1} of {options.rounds}: {name}")
                 others = [os.getpid()] + [c.process.pid for c in contenders.values() if c is not contender]
-                before, clock = sum(map(cpu_seconds, others)), os.times().elapsed
-
-                def turn():
-                    nonlocal peak
-                    for what in (p for p in options.passes if (name, p) in results):
-                        answer = contender.run(what)
-                        for field in ("seconds", "extra_bytes"):
-                            results[name, what][field].append(answer[field])
-                    if name.startswith(OURS):
-                        peak = max(peak, contender.ask("peak"), key=lambda p: p["gflops"])
-
-                attempt(name, turn)
-                busy = sum(map(cpu_seconds, others)) - before
-                # A tick or two, over a turn that is shorter than that, says nothing.
-                elapsed = max(os.times().elapsed - clock, 1.0)
-                idle_share = max(idle_share, busy / elapsed)
+                before, start = sum(map(cpu_seconds, others)), time.monotonic()
+                attempt(name, lambda: turn(contender))
+                # Over less than a second, a tick of the clock would look like much.
+                elapsed = max(time.monotonic() - start, 1.0)
+                idle_share = max(idle_share, (sum(map(cpu_seconds, others)) - before) / elapsed)
         versions = {name: contender.version for name, contender in contenders.items()}
     finally:
         for contender in contenders.values():
             contender.end()
         progress("")
-    results = {key: result for key, result in results.items() if key[0] in contenders}
-    return results, failures, peak, idle_share, versions
+    rows = records(shape, {key: result for key, result in results.items() if key[0] in contenders}, peak)
+    return {
+        "shape": shape,
+        "peak": peak,
+        "idle_share": idle_share,
+        "versions": versions,
+        "rows": list(rows),
+        "failures": failures,
+    }
 
 
 def progress(text):
@@ -231,44 +232,75 @@ def progress(text):
 def records(shape, results, peak):
     """A flat record for each contender and pass."""
     tokens, hidden, vocab = shape
+    median, resting = {}, {}
     for (name, what), result in results.items():
-        median = statistics.median(result["seconds"])
-        gflops = OPERATIONS[what] * tokens * hidden * vocab / median / 1e9
-        ours = results.get((OURS, what))
+        median[name, what] = statistics.median(answer["seconds"] for answer in result["answers"])
+        # Some let go of a pass's memory only in the next; hence the least that was resident before any.
+        least = min(answer["resident_before"] for answer in result["answers"])
+        resting[name] = min(least, resting.get(name, least))
+    for (name, what), result in results.items():
+        answers = result.pop("answers")
+        most = max(answer["resident_most"] - answer.get("gradient_bytes", 0) for answer in answers)
+        gflops = OPERATIONS[what] * tokens * hidden * vocab / median[name, what] / 1e9
+        ours = median.get((OURS, what))
         yield {
             "contender": name,
             "pass": what,
             **result,
-            "extra_bytes": max(result["extra_bytes"]),
-            "median_seconds": median,
+            "seconds": [answer["seconds"] for answer in answers],
+            "median_seconds": median[name, what],
+            "extra_bytes": max(answer.get("extra_bytes", most - resting[name]) for answer in answers),
             "gflops": gflops,
             "share_of_peak": gflops / peak["gflops"] if peak["gflops"] else None,
-            "times_ours": median / statistics.median(ours["seconds"]) if ours else None,
+            "times_ours": median[name, what] / ours if ours else None,
         }
 
 
 def table(rows):
     """In Markdown, aligned."""
-    short = {"bfloat16": "bf16", "float32": "f32"}
-
     def gradient(row, name):
-        return f"{row[name + '_error']:.1e} ({short[row[name + '_dtype']]})" if name + "_error" in row else ""
+        dtype = {"bfloat16": "bf16", "float32": "f32"}
+        return f"{row[name + '_error']:.1e} ({dtype[row[name + '_dtype']]})" if name + "_error" in row else ""
 
-    def level(row):
-        return ", ".join(shown for shown, name in (("dQ", "dq"), ("dK", "dk")) if row.get(name + "_float32_level"))
-
-    cells = [["contender", "pass", "seconds (min–max)", "GFLOP/s", "of peak", "time / ours", "extra MB"]]
-    cells[0] += ["loss error", "dQ error", "dK error", "at float32 level"]
-    for row in rows:
-        seconds = row["seconds"]
-        share, ratio = row["share_of_peak"], row["times_ours"]
-        cells.append([row["contender"], row["pass"]])
-        cells[-1] += [f"{row['median_seconds']:.3g} ({min(seconds):.3g}–{max(seconds):.3g})", f"{row['gflops']:.1f}"]
-        cells[-1] += [f"{share:.1%}" if share else "", f"{ratio:.2f}" if ratio else "", f"{row['extra_bytes'] / 1e6:.1f}"]
-        cells[-1] += [f"{row['loss_error']:.1e}", gradient(row, "dq"), gradient(row, "dk"), level(row)]
+    columns = {
+        "contender": lambda row: row["contender"],
+        "pass": lambda row: row["pass"],
+        "seconds (min–max)": lambda row: "{:.3g} ({:.3g}–{:.3g})".format(
+            row["median_seconds"], min(row["seconds"]), max(row["seconds"])
+        ),
+        "GFLOP/s": lambda row: f"{row['gflops']:.1f}",
+        "of peak": lambda row: f"{row['share_of_peak']:.1%}" if row["share_of_peak"] else "",
+        "time / ours": lambda row: f"{row['times_ours']:.2f}" if row["times_ours"] else "",
+        "extra MB": lambda row: f"{row['extra_bytes'] / 1e6:.1f}",
+        "loss error": lambda row: f"{row['loss_error']:.1e}",
+        "dQ error": lambda row: gradient(row, "dq"),
+        "dK error": lambda row: gradient(row, "dk"),
+        "at float32 level": lambda row: ", ".join(
+            shown for shown, name in (("dQ", "dq"), ("dK", "dk")) if row.get(name + "_float32_level")
+        ),
+    }
+    cells = [list(columns)] + [[cell(row) for cell in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def show(report):
+    """The last shape of the report."""
+    one = report["shapes"][-1]
+    peak = one["peak"]
+    tokens, hidden, vocab = one["shape"]
+    print(f"N = {tokens}, D = {hidden}, V = {vocab}; {report['processor']}; threads: {report['threads']}, rounds: {report['rounds']}")
+    print(f"peak: {peak['gflops']:.0f} GFLOP/s ({peak['instructions']})" if peak["gflops"] else "peak: not measured")
+    print(f"idle contenders took {one['idle_share']:.1%} of a core at most\n")
+    print(table(one["rows"]), end="\n\n")
+    for name, version in one["versions"].items():
+        print(f"{name}: {version}")
+    for name, why in one["failures"].items():
+        print(f"{name}: not measured: {why}")
+    print(flush=True)
+    if one["idle_share"] > MOST_IDLE:
+        print("warning: idle contenders were not idle, which disturbs the times above", file=sys.stderr)
 
 
 def processor():
@@ -305,8 +337,8 @@ def positive(text):
 
 def main():
     names = [OURS, *RECIPES]
-    parser = argparse.ArgumentParser(description="The fused kernel beside its peers on this CPU.")
-    parser.add_argument("--worker", required=True, help="the built example `peer` of the kernels (`run` gives it)")
+    parser = argparse.ArgumentParser(prog="benches/peers/run", description=__doc__.partition(":")[0] + ".")
+    parser.add_argument("--worker", required=True, help="the built example `peer`; run gives it")
     parser.add_argument("--shape", type=dimensions, action="append", metavar="N,D,V", help="repeatable; 4096,1024,50304")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--threads", type=positive, help="of every contender; all")
@@ -314,6 +346,8 @@ def main():
     parser.add_argument("--only", type=list_of(names, "contender"), default=names, help=f"{','.join(names)},{OURS}/KERNEL")
     parser.add_argument("--json", type=Path, help="a file for everything measured")
     options = parser.parse_args()
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     processors = sorted(os.sched_getaffinity(0))
     options.threads = options.threads or len(processors)
     if options.threads > len(processors):
@@ -324,25 +358,14 @@ def main():
     # No accelerator; no compiler processes that outlive the compilation.
     alone = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     report = {"processor": processor(), "threads": options.threads, "rounds": options.rounds, "shapes": []}
-    failed = False
     for shape in options.shape or [(4096, 1024, 50304)]:
         with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-            results, failures, peak, idle, versions = measure(shape, options, folder, os.environ | threads | alone)
-        rows = list(records(shape, results, peak))
-        report["shapes"].append({
-            "shape": shape, "peak": peak, "idle_share": idle, "versions": versions, "rows": rows, "failures": failures
-        })
-        failed |= any(name.startswith(OURS) or "wrong answer" in why for name, why in failures.items())
-        print(f"N, D, V = {', '.join(map(str, shape))}; {processor()}, {options.threads} threads, {options.rounds} rounds")
-        print(f"peak: {peak['gflops']:.0f} GFLOP/s ({peak['instructions']}); idle contenders took {idle:.1%} of a core at most\n")
-        print(table(rows), end="\n\n")
-        print("\n".join(f"{name}: {version}" for name, version in versions.items()))
-        print("\n".join(f"{name}: did not run: {why}" for name, why in failures.items()), end="\n\n")
-        if idle > 0.02:
-            print("warning: idle contenders were not idle; the times above are disturbed", file=sys.stderr)
+            report["shapes"].append(measure(shape, options, folder, os.environ | threads | alone))
+        show(report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    sys.exit(failed)
+    failures = [failure for one in report["shapes"] for failure in one["failures"].items()]
+    sys.exit(any(name.startswith(OURS) or why.startswith(WRONG) for name, why in failures))
 
 
 if __name__ == "__main__":

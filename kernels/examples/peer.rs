@@ -59,7 +59,7 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
     let mut dq = vec![bf16::ZERO; q.len()];
     let mut dk = vec![0.0f32; k.len()];
 
-    println!("{{\"version\": {:?}}}", format!("kernel {}, {} threads", kernel.name(), rayon::current_num_threads()));
+    println!("{{\"version\": {:?}}}", format!("kernel {}", kernel.name()));
     let held = LIVE.load(Relaxed);
     for line in io::stdin().lines() {
         let line = line?;
@@ -77,7 +77,7 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
                 forward
             }
             "peak" => {
-                let (instructions, gflops) = peak::measure().unwrap_or(("none that is known", 0.0));
+                let (instructions, gflops) = peak::measure().unwrap_or(("none", 0.0));
                 println!("{{\"instructions\": {instructions:?}, \"gflops\": {gflops}}}");
                 continue;
             }
@@ -131,7 +131,7 @@ mod peak {
             Some(("AVX-512 float32 multiply-adds", gflops(32, || unsafe { wide_multiply_adds() })))
         } else if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx") {
             // SAFETY: the machine has both features.
-            Some(("AVX2 float32 multiply-adds", gflops(16, || unsafe { multiply_adds() })))
+            Some(("AVX float32 multiply-adds", gflops(16, || unsafe { multiply_adds() })))
         } else {
             None
         }
