@@ -1,6 +1,6 @@
 CARGO ?= cargo
 
-.PHONY: test lint unit samples bench dumps
+.PHONY: test lint unit samples bench bench-peers dumps
 
 test: lint unit samples
 
@@ -23,6 +23,10 @@ samples:
 
 bench:
 	$(CARGO) bench --workspace
+
+# The kernel beside PyTorch and JAX; it downloads them once, some 3 GB. PEERS="--shape 4096,1024,50304 --rounds 5" and so on.
+bench-peers:
+	benches/peers/run $(PEERS)
 
 # The sample dumps: late steps of the small language model of examples/train_lm, healthy and with a bug in its backward, and a
 # step spread over processes that was made to order. dumps/expected.txt says what xent-diff must find in each.
