@@ -150,3 +150,121 @@ pub(crate) enum Sweep {
 
 /// Floats of the largest micro-tile.
 const SCRATCH: usize = 512;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::cpu::Vectorized;
+    use crate::cpu::portable::Portable;
+    use crate::panels::{Axis, Operand, Pack, PackLeft, PackRight, right_len};
+    use crate::problem::Floats;
+
+    /// Small panels of a shape that no machine has, and three terms in a word.
+    #[derive(Clone, Copy, Debug)]
+    struct Threes;
+
+    impl Isa for Threes {
+        const MR: usize = 3;
+        const NR: usize = 6;
+        const LANES: usize = 2;
+        const KU: usize = 3;
+        type Packed = f32;
+
+        fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+            a * b + c
+        }
+
+        unsafe fn product(
+            self,
+            steps: usize,
+            left: Left<f32>,
+            right: *const f32,
+            c: *mut f32,
+            stride: usize,
+            vectors: usize,
+            write: Write,
+            _next: *const f32,
+        ) {
+            for (i, j) in (0..Self::MR).flat_map(|i| (0..vectors * Self::LANES).map(move |j| (i, j))) {
+                // SAFETY: the caller promises operands of so many steps of words, and C.
+                unsafe {
+                    let term = |p: usize, u: usize| {
+                        *left.data.add(i * left.row + p * left.step + u) * *right.add((p * Self::NR + j) * Self::KU + u)
+                    };
+                    let sum: f32 = (0..steps).flat_map(|p| (0..Self::KU).map(move |u| (p, u))).map(|(p, u)| term(p, u)).sum();
+                    let c = c.add(i * stride + j);
+                    *c = if write == Write::Set { sum } else { *c + sum };
+                }
+            }
+        }
+
+        fn vectorize<R>(self, work: impl Vectorized<Self, R>) -> R {
+            work.run()
+        }
+    }
+
+    /// Small integers, so that every order of summation gives the same sum.
+    fn integers(count: usize, salt: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 + salt * 31) % 11) as f32 - 5.0).collect()
+    }
+
+    /// Both orientations of both operands and of C, in both orders, whole and ragged in each direction.
+    pub fn products_are_right<I: Isa>(isa: I) {
+        for (m, n, k) in [(1, 1, 1), (14, 6, 256), (13, 35, 257), (96, 144, 40), (50, 131, 515), (2, 700, 3)] {
+            let (a, b) = (integers(2 * m * k, 1), integers(n * k, 2));
+            // Every second row of A, the last one first.
+            let rows: Vec<usize> = (0..m).map(|i| 2 * (m - 1 - i)).collect();
+            let expected = |i: usize, j: usize| (0..k).map(|p| a[rows[i] * k + p] * b[j * k + p]).sum::<f32>();
+            let a_columns: Vec<f32> = (0..k).flat_map(|p| rows.iter().map(move |r| (p, r))).map(|(p, r)| a[r * k + p]).collect();
+            let b_columns: Vec<f32> = (0..k).flat_map(|p| (0..n).map(move |j| (p, j))).map(|(p, j)| b[j * k + p]).collect();
+            let in_order: Vec<usize> = (0..k).collect();
+            let (one, along) = (Axis { stride: 1, gather: None }, |stride| Axis { stride, gather: None });
+            let lefts = [
+                Operand { data: Floats::F32(&a), outer: Axis { stride: k, gather: Some(&rows) }, depth: one },
+                Operand { data: Floats::F32(&a_columns), outer: one, depth: Axis { stride: m, gather: Some(&in_order) } },
+            ];
+            let rights = [
+                Operand { data: Floats::F32(&b), outer: along(k), depth: one },
+                Operand { data: Floats::F32(&b_columns), outer: one, depth: along(n) },
+            ];
+            for (left, right) in lefts.iter().flat_map(|l| rights.iter().map(move |r| (l, r))) {
+                // What an earlier, larger operand left behind is garbage.
+                let mut packed = vec![Pack::pack(f32::NAN); 64];
+                let strides = isa.vectorize(PackLeft { x: left, outer: 0..m, terms: 0..k, out: &mut packed });
+                let mut panels = vec![Pack::pack(f32::NAN); n.div_ceil(I::NR) * right_len::<I>(k)];
+                isa.vectorize(PackRight { x: right, outer: 0..n, terms: 0..k, out: &mut panels });
+                for (write, sweep, [row, column]) in [
+                    (Write::Set, Sweep::Rows, [n, 1]),
+                    (Write::Add, Sweep::Panels, [n, 1]),
+                    (Write::Set, Sweep::Panels, [1, m]),
+                    (Write::Add, Sweep::Rows, [1, m]),
+                ] {
+                    let mut c = vec![1000.0; m * n];
+                    let output = Output::new(&mut c, [m, n], [row, column]);
+                    // SAFETY: C is this test's own.
+                    unsafe { product(isa, sweep, k.div_ceil(I::KU), (&packed, strides), &panels, output, write) };
+                    let before = if write == Write::Add { 1000.0 } else { 0.0 };
+                    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                        assert_eq!(c[i * row + j * column], before + expected(i, j), "{isa:?}, {m} × {n} × {k} at {i}, {j}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn portable_products_are_right() {
+        products_are_right(Portable);
+        products_are_right(Threes);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn products_of_this_machine_are_right() {
+        use crate::cpu::{avx2::Avx2, avx512::Avx512, avx512_bf16::Avx512Bf16};
+        let skipped = |name: &str| println!("SKIPPED {name}: this machine has it not");
+        Avx2::get().map_or_else(|| skipped("AVX2"), |&isa| products_are_right(isa));
+        Avx512::get().map_or_else(|| skipped("AVX-512"), |&isa| products_are_right(isa));
+        Avx512Bf16::get().map_or_else(|| skipped("AVX-512 BF16"), |&isa| products_are_right(isa));
+    }
+}

@@ -314,3 +314,29 @@ impl Pack<f16> for bf16 {
         Pack::<f32>::pack(f32::pack(x))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_float_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (h, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+            let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+            assert!(same(f32::pack(h), h.to_f32()), "{h:?}");
+            assert!(same(f32::pack(b), b.to_f32()), "{b:?}");
+        }
+    }
+
+    #[test]
+    fn floats_round_to_nearest_even() {
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(upper) << 16 | lower);
+                let (rounded, expected) = (bf16::pack(x), bf16::from_f32(x));
+                assert!(rounded == expected || x.is_nan() && rounded.is_nan(), "{x:?}: {rounded:?} for {expected:?}");
+            }
+        }
+    }
+}

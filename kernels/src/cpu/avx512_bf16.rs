@@ -176,3 +176,116 @@ fn as_bf16(words: __m512i) -> __m512bh {
     // SAFETY: both are 64 bytes of which every pattern is a value.
     unsafe { std::mem::transmute(words) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::tests::products_are_right;
+
+    fn isa() -> Option<Avx512Bf16> {
+        let isa = Avx512Bf16::get().copied();
+        if isa.is_none() {
+            println!("SKIPPED avx512-bf16: this machine has it not");
+        }
+        isa
+    }
+
+    /// Σ a·b over pairs of terms, added to `c`, in one lane.
+    fn sum(isa: Avx512Bf16, terms: &[[f32; 2]], c: f32) -> f32 {
+        let words = terms.len().div_ceil(2);
+        let (mut left, mut right) = (vec![bf16::ZERO; MR * 2 * words], vec![bf16::ZERO; NR * 2 * words]);
+        for (p, [a, b]) in terms.iter().enumerate() {
+            left[p] = bf16::from_f32(*a);
+            right[p / 2 * 2 * NR + p % 2] = bf16::from_f32(*b);
+            let kept = |packed: bf16, x: f32| packed.to_f32() == x || x.is_nan();
+            assert!(kept(left[p], *a) && kept(right[p / 2 * 2 * NR + p % 2], *b), "terms are bfloat16");
+        }
+        let mut tile = vec![0.0; MR * NR];
+        tile[0] = c;
+        let operand = Left { data: left.as_ptr(), row: 2 * words, step: 2 };
+        // SAFETY: the operands have MR rows and NR columns of so many words, and the tile is whole.
+        unsafe { isa.product(words, operand, right.as_ptr(), tile.as_mut_ptr(), NR, VECTORS, Write::Add, tile.as_ptr()) };
+        tile[0]
+    }
+
+    #[test]
+    fn products_are_exact_and_sums_round_like_float32() {
+        let Some(isa) = isa() else { return };
+        products_are_right(isa);
+        let mut state = 1u64;
+        let mut draw = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let unit = (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0;
+            bf16::from_f32(unit * 2f32.powi((state >> 20) as i32 % 12)).to_f32()
+        };
+        let u = 2f64.powi(-24);
+        let mut worst = 0.0f64;
+        for count in (1..200).chain([1000, 4000]) {
+            let terms: Vec<[f32; 2]> = (0..count).map(|_| [draw(), draw()]).collect();
+            let (mut exact, mut bound) = (0.0f64, 0.0);
+            for [a, b] in &terms {
+                let product = f64::from(*a) * f64::from(*b);
+                exact += product;
+                // The product's own rounding, and that of the running sum, whose own error is of second order.
+                bound += u * (product.abs() + exact.abs()) * 1.01;
+            }
+            let error = (f64::from(sum(isa, &terms, 0.0)) - exact).abs();
+            assert!(error <= bound + 2f64.powi(-126), "{count} terms: {error:e}, at most {bound:e}");
+            worst = worst.max(error / bound);
+        }
+        assert!(worst > 1e-3, "the bound is within reach: {worst}");
+    }
+
+    #[test]
+    fn subnormals_are_zero() {
+        let Some(isa) = isa() else { return };
+        let (small, tiny) = (2f32.powi(-126), 2f32.powi(-130));
+        assert_eq!(sum(isa, &[[tiny, 1024.0]], 0.0), 0.0, "a subnormal input");
+        assert_eq!(sum(isa, &[[small, 0.25]], 0.0), 0.0, "a subnormal product");
+        assert_eq!(sum(isa, &[[small, 1.0]], 0.0), small, "the least normal number stays");
+        assert_eq!(sum(isa, &[[small, 1.5], [small, -1.0]], 0.0), 0.0, "a subnormal sum");
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        let Some(isa) = isa() else { return };
+        let inf = f32::INFINITY;
+        assert_eq!(sum(isa, &[[inf, 1.0], [1.0, 1.0]], 0.0), inf);
+        assert_eq!(sum(isa, &[[1.0, 2.0], [-inf, 1.0]], 1.0), -inf);
+        for terms in [[[inf, 1.0], [-inf, 1.0]], [[inf, 0.0], [1.0, 1.0]], [[f32::NAN, 1.0], [1.0, 1.0]]] {
+            assert!(sum(isa, &terms, 0.0).is_nan(), "{terms:?}");
+        }
+        assert_eq!(sum(isa, &[[3e38f32, 2.0]].map(|t| t.map(|x| bf16::from_f32(x).to_f32())), 0.0), inf, "overflow");
+    }
+
+    #[test]
+    fn packing_rounds_to_nearest_even() {
+        let Some(isa) = isa() else { return };
+        struct Both<'a>(&'a [f32], &'a mut [bf16], &'a mut [bf16]);
+        impl Vectorized<Avx512Bf16, ()> for Both<'_> {
+            #[inline(always)]
+            fn run(self) {
+                Avx512Bf16::pack_row(self.0, self.1);
+                Avx512Bf16::pack_pairs(&self.0[..NR], &self.0[NR..2 * NR], self.2);
+            }
+        }
+        for seed in 0..1000u32 {
+            // Halfway cases, their neighbours, infinities; no NaN and no subnormal, which comes out as 0.
+            let x: Vec<f32> = (0..2 * NR as u32 + 5)
+                .map(|i| {
+                    let upper = seed.wrapping_mul(40_503).wrapping_add(i).wrapping_mul(2_654_435_761) >> 16;
+                    f32::from_bits(upper << 16 | [0, 0x7fff, 0x8000, 0x8001][i as usize % 4])
+                })
+                .map(|x| if x.is_nan() || x.is_subnormal() { 1.0 } else { x })
+                .collect();
+            let (mut row, mut pairs) = (vec![bf16::ZERO; x.len()], vec![bf16::ZERO; 2 * NR]);
+            isa.vectorize(Both(&x, &mut row, &mut pairs));
+            for (i, &x) in x.iter().enumerate() {
+                assert_eq!(row[i], bf16::from_f32(x), "{x:?}");
+                if i < 2 * NR {
+                    assert_eq!(pairs[i % NR * 2 + i / NR], bf16::from_f32(x), "{x:?} in a pair");
+                }
+            }
+        }
+    }
+}

@@ -6,6 +6,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod fma;
 pub(crate) mod portable;
 
 use crate::gemm::{Left, Write};
