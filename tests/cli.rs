@@ -218,6 +218,32 @@ fn info_lists_what_is_there() {
     assert_eq!(json["dumps"][0]["runs"][0]["steps"][0]["num_microbatches"], 2);
 }
 
+#[test]
+fn the_kernel_is_chosen_by_the_environment() {
+    let folder = dumps();
+    let run = |kernel: &str, arguments: &[&str]| {
+        let mut command = Command::new(BINARY);
+        let output = command.current_dir(folder.path()).env("FUSED_XENT_KERNEL", kernel).args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Ended { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
+    };
+    let machine = |ended: Ended| serde_json::from_str::<Value>(&ended.out).unwrap()["machine"].clone();
+    let info = machine(xent_diff(folder.path(), &["info", "--machine", "--json", "-"]));
+    assert_eq!(info["kernel"], info["kernels"][0]["name"], "the fastest, unless told otherwise");
+    for kernel in info["kernels"].as_array().unwrap() {
+        let name = kernel["name"].as_str().unwrap();
+        assert_eq!(machine(run(name, &["info", "--machine", "--json", "-"]))["kernel"], *name);
+        assert!(run(name, &["info", "--machine"]).out.contains(&format!("kernel {name}")), "{name}");
+        let judged = run(name, &["dumps/healthy"]);
+        assert!(judged.code == Some(0) && judged.out.contains(&format!("the fused kernel {name}")), "{name}: {}", judged.out);
+    }
+    for arguments in [&["dumps/healthy"][..], &["dumps/healthy", "--candidate", "cpu"], &["info", "--machine"]] {
+        let ended = run("abacus", arguments);
+        assert_eq!(ended.code, Some(2), "{arguments:?}: {}", ended.err);
+        assert!(ended.err.contains("FUSED_XENT_KERNEL is `abacus`") && ended.err.contains("portable"), "{}", ended.err);
+    }
+}
+
 /// Runs with a standard output whose reader is gone from the start.
 fn unread(at: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let mut child =

@@ -1,6 +1,6 @@
 //! One contender of `benches/peers`: the fused kernel behind a pipe.
 //!
-//! `peer FOLDER N D V [KERNEL]` reads `hidden.bf16` [N, D], `unembedding.bf16` [V, D] and `targets.i32` [N] of FOLDER, raw
+//! `peer FOLDER N D V [KERNEL[:DLOGITS]]`, `best:bf16` by default, reads `hidden.bf16` [N, D], `unembedding.bf16` [V, D] and `targets.i32` [N] of FOLDER, raw
 //! and little-endian, and then answers each line of its input with one line of JSON:
 //!
 //! ```text
@@ -11,8 +11,8 @@
 //!
 //! The loss is the mean over the tokens. The first line out says which kernel it is, or what is wrong.
 
-use fused_xent_kernels::problem::{self, Inputs, LossOptions, Problem, Shape};
-use fused_xent_kernels::{Cotangents, GradientMut, Gradients, Kernel};
+use fused_xent_kernels::problem::{self, DType, Inputs, LossOptions, Problem, Shape};
+use fused_xent_kernels::{Cotangents, Dlogits, GradientMut, Gradients, Kernel};
 use half::bf16;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::error::Error;
@@ -34,13 +34,17 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
         return Err("expected FOLDER N D V [KERNEL]".into());
     };
     let shape = Shape { tokens: tokens.parse()?, hidden: hidden.parse()?, vocab: vocab.parse()? };
-    let kernel = match kernel.first() {
-        None => Kernel::best(),
-        Some(name) => Kernel::by_name(name).ok_or_else(|| {
+    let (name, dlogits) = kernel.first().map_or(("best", "bf16"), |k| k.split_once(':').unwrap_or((k, "bf16")));
+    let kernel = match name {
+        "best" => Kernel::best(),
+        name => Kernel::by_name(name).ok_or_else(|| {
             let available: Vec<_> = Kernel::available().iter().map(Kernel::name).collect();
             format!("this machine has no kernel {name}; it has {}", available.join(", "))
         })?,
     };
+    let dlogits = Dlogits::by_name(dlogits).ok_or_else(|| format!("dlogits are bf16, bf16x2 or f32, not {dlogits}"))?;
+    let kernel = kernel.with_dlogits(dlogits);
+    let precision = kernel.contract([DType::Bf16; 2], [DType::Bf16, DType::F32]).dlogits.name();
     let folder = Path::new(folder);
     let q = read(&folder.join("hidden.bf16"), bf16::from_le_bytes)?;
     let k = read(&folder.join("unembedding.bf16"), bf16::from_le_bytes)?;
@@ -59,7 +63,7 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
     let mut dq = vec![bf16::ZERO; q.len()];
     let mut dk = vec![0.0f32; k.len()];
 
-    println!("{{\"version\": {:?}}}", format!("kernel {}", kernel.name()));
+    println!("{{\"version\": {:?}}}", format!("kernel {}, dlogits {precision}", kernel.name()));
     let held = LIVE.load(Relaxed);
     for line in io::stdin().lines() {
         let line = line?;

@@ -52,6 +52,11 @@ pub enum Dlogits {
 impl Dlogits {
     /// All, the least precise first.
     pub const ALL: [Dlogits; 3] = [Dlogits::Bf16, Dlogits::Bf16x2, Dlogits::F32];
+
+    /// `bf16`, `bf16x2` or `f32`, as its [`Precision`] is called.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|&dlogits| Precision::from(dlogits).name() == name)
+    }
 }
 
 impl From<Dlogits> for Precision {
@@ -114,6 +119,11 @@ impl Kernel {
                 all.push(Self::new("avx512", wide, None));
             }
             all.extend(cpu::avx2::Avx2::get().map(|wide| Self::new("avx2", wide, None)));
+        }
+        #[cfg(target_arch = "aarch64")]
+        if let Some(wide) = cpu::neon::Neon::get() {
+            all.extend(cpu::neon_bf16::NeonBf16::get().map(|narrow| Self::new("neon-bf16", wide, Some(narrow))));
+            all.push(Self::new("neon", wide, None));
         }
         all.push(Self::portable());
         all

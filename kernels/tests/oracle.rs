@@ -100,12 +100,16 @@ proptest! {
             prop_assert!(!truth.judge_d_hidden(only_lse.0.view()).honest());
             prop_assert!(!truth.judge_d_unembedding(only_lse.1.view()).honest());
 
-            // With the lse rounded to bfloat16 between forward and backward.
-            let lse: Vec<f32> = results.forward.lse.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
-            let [mut d_hidden, mut d_unembedding] = case.buffers([dtype; 2]);
-            let gradients = Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()) };
-            kernel.backward(&case.problem(), &lse, case.cotangents(), gradients).unwrap();
-            prop_assert!(!truth.judge_d_hidden(d_hidden.matrix(60, 48, case.layout).view()).honest());
+            // With the lse rounded to bfloat16 between forward and backward. In bfloat16 dlogits, where the label's term is
+            // rounded along with P, as large an error is honest.
+            if truth.contract.dlogits != Precision::Bf16 {
+                let lse: Vec<f32> = results.forward.lse.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+                let [mut d_hidden, mut d_unembedding] = case.buffers([dtype; 2]);
+                let gradients =
+                    Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()) };
+                kernel.backward(&case.problem(), &lse, case.cotangents(), gradients).unwrap();
+                prop_assert!(!truth.judge_d_hidden(d_hidden.matrix(60, 48, case.layout).view()).honest());
+            }
         }
     }
 }

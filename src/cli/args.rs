@@ -77,7 +77,11 @@ pub struct Verify {
 #[derive(Debug, Args)]
 pub struct Info {
     /// A dump or a folder of dumps
-    pub dumps: PathBuf,
+    #[arg(required_unless_present = "machine")]
+    pub dumps: Option<PathBuf>,
+    /// Show the kernels of this machine, the one in use first, and what each rounds
+    #[arg(long)]
+    pub machine: bool,
     /// Write it as JSON ('-' for standard output, in place of the table)
     #[arg(long, value_name = "FILE")]
     pub json: Option<Target>,

@@ -1,4 +1,4 @@
-//! `xent-diff info <dumps>`: what is there. Only manifests are read.
+//! `xent-diff info <dumps>`: what is there. Only manifests are read. `--machine`: what there is to compute with.
 
 use super::args::Info;
 use super::exit::Exit;
@@ -7,6 +7,8 @@ use crate::dump::{Dump, Folder, Step, TensorInfo, find_dumps};
 use crate::report::json::to_string;
 use crate::report::terminal::Style;
 use crate::report::text::{Paint, Table, bytes, clean, count};
+use fused_xent_kernels::problem::DType;
+use fused_xent_kernels::{Kernel, UnknownKernel};
 use serde_json::{Value, json};
 use std::error::Error;
 
@@ -14,16 +16,63 @@ pub fn run(args: &Info, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
     if let Some(target) = &args.json {
         target.check()?;
     }
-    let dumps = find_dumps(&args.dumps)?.iter().map(|path| Dump::open(path)).collect::<Result<Vec<_>, _>>()?;
+    let dumps = match &args.dumps {
+        Some(path) => find_dumps(path)?.iter().map(|path| Dump::open(path)).collect::<Result<Vec<_>, _>>()?,
+        None => vec![],
+    };
+    let machine = args.machine.then(Machine::new).transpose()?;
     if args.json != Some(Target::Stdout) {
-        let texts: Vec<String> = dumps.iter().map(|dump| text(dump, out.style())).collect();
+        let machine = machine.as_ref().map(|machine| machine.text(out.style()));
+        let texts: Vec<String> = machine.into_iter().chain(dumps.iter().map(|dump| text(dump, out.style()))).collect();
         out.print(&texts.join("\n"))?;
     }
     if let Some(target) = &args.json {
-        let value = json!({ "schema": "xent-info/1", "dumps": dumps.iter().map(value).collect::<Vec<_>>() });
-        target.write(&to_string(&value), out)?;
+        let mut report = json!({ "schema": "xent-info/1", "dumps": dumps.iter().map(value).collect::<Vec<_>>() });
+        if let Some(machine) = machine {
+            report["machine"] = machine.value();
+        }
+        target.write(&to_string(&report), out)?;
     }
     Ok(Exit::Agree)
+}
+
+/// What this machine computes with.
+struct Machine {
+    /// The one in use, and all there are, the fastest first.
+    chosen: Kernel,
+    kernels: Vec<Kernel>,
+}
+
+impl Machine {
+    fn new() -> Result<Self, UnknownKernel> {
+        Ok(Self { chosen: Kernel::from_environment()?, kernels: Kernel::available() })
+    }
+
+    /// The precision of dlogits for bfloat16 inputs, where gradients are wanted in bfloat16 and where in float32.
+    fn dlogits(kernel: &Kernel) -> [&'static str; 2] {
+        [DType::Bf16, DType::F32].map(|output| kernel.contract([DType::Bf16; 2], [output; 2]).dlogits.name())
+    }
+
+    fn text(&self, style: Style) -> String {
+        let mut out = String::new();
+        style.entry(&mut out, "kernel", &format!("{} (FUSED_XENT_KERNEL chooses another)", self.chosen.name()));
+        style.entry(&mut out, "threads", &rayon::current_num_threads().to_string());
+        let mut table = Table::new(&["kernel", "dlogits for bf16 gradients", "for f32 gradients"]);
+        for kernel in &self.kernels {
+            let [narrow, wide] = Self::dlogits(kernel);
+            table.row(vec![kernel.name().to_owned(), narrow.to_owned(), wide.to_owned()]);
+        }
+        out + "\n" + &table.render(2, style.colour)
+    }
+
+    fn value(&self) -> Value {
+        let kernel = |kernel: &Kernel| {
+            let [narrow, wide] = Self::dlogits(kernel);
+            json!({ "name": kernel.name(), "dlogits": { "bf16": narrow, "f32": wide } })
+        };
+        let kernels: Vec<Value> = self.kernels.iter().map(kernel).collect();
+        json!({ "kernel": self.chosen.name(), "threads": rayon::current_num_threads(), "kernels": kernels })
+    }
 }
 
 fn text(dump: &Dump, style: Style) -> String {

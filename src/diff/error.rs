@@ -1,6 +1,7 @@
 //! What can be wrong with the input or the call.
 
 use crate::dump::DumpError;
+use fused_xent_kernels::UnknownKernel;
 use fused_xent_kernels::problem::ProblemError;
 
 /// Why a dump cannot be judged. Each displays as the one message that the user gets.
@@ -28,6 +29,9 @@ pub enum DiffError {
         /// What there is.
         available: String,
     },
+    /// The environment asks for a kernel that does not exist here.
+    #[error(transparent)]
+    Kernel(#[from] UnknownKernel),
     /// A candidate that does not exist here.
     #[error("unknown candidate \"{found}\": expected {expected}")]
     UnknownCandidate {

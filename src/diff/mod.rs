@@ -58,11 +58,11 @@ pub enum Candidate {
 impl FromStr for Candidate {
     type Err = DiffError;
 
-    /// `recorded`, `cpu` (the best kernel of this machine) or `cpu:NAME`.
+    /// `recorded`, `cpu` (the kernel that `FUSED_XENT_KERNEL` names, or else the fastest of this machine) or `cpu:NAME`.
     fn from_str(text: &str) -> Result<Self, DiffError> {
         let kernel = match text.split_once(':') {
             None if text == "recorded" => return Ok(Candidate::Recorded),
-            None if text == "cpu" => Some(Kernel::best()),
+            None if text == "cpu" => Some(Kernel::from_environment()?),
             Some(("cpu", name)) => Kernel::by_name(name),
             _ => None,
         };
@@ -178,8 +178,10 @@ fn judge_step(
     let over_step = whole && judged.len() == loaded.len();
     let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
-    let by_default = [Candidate::Recorded, Candidate::Cpu(Kernel::best())];
-    let candidates = if settings.candidates.is_empty() { &by_default[..] } else { &settings.candidates };
+    let candidates = match &settings.candidates[..] {
+        [] => &[Candidate::Recorded, Candidate::Cpu(Kernel::from_environment()?)],
+        chosen => chosen,
+    };
     for candidate in candidates {
         let made = match candidate {
             Candidate::Recorded => recorded::produce(dumped, &view)?,

@@ -8,6 +8,12 @@ pub(crate) mod avx512;
 pub(crate) mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
 mod fma;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon_bf16;
+#[cfg(all(test, target_arch = "aarch64"))]
+mod neon_tests;
 pub(crate) mod portable;
 
 use crate::gemm::{Left, Write};
