@@ -312,8 +312,10 @@ impl<'a> Builder<'a> {
                 }
             }
             if let Some(Gradients { hidden, unembedding }) = &mut self.emulated {
-                reference::products(self.problem, rows.clone(), rounding.view(), &mut hidden.lse, &mut unembedding.lse);
-                reference::label_products(self.problem, rows, &onehot, &mut hidden.label, &mut unembedding.label);
+                reference::hidden_product(self.problem, rows.clone(), rounding.view(), &mut hidden.lse);
+                reference::hidden_label_product(self.problem, rows.clone(), &onehot, &mut hidden.label);
+                reference::unembedding_product(self.problem, rows.clone(), rounding.view(), &mut unembedding.lse);
+                reference::unembedding_label_product(self.problem, rows, &onehot, &mut unembedding.label);
             }
         }
         self.finish(gradients)
@@ -325,7 +327,8 @@ impl<'a> Builder<'a> {
         let options = self.problem.options();
         let unit = ROUNDING * self.u * self.u;
         let declared = ROUNDING * self.contract.logits.unit_roundoff().powi(2);
-        let mut squares = reference::squared_products(self.problem, rows);
+        let mut squares =
+            reference::squared_products(self.problem, &reference::hidden_rows(self.problem, rows).mapv_into(|q| q * q));
         Zip::from(&mut squares).and(z).par_for_each(|t, &z| {
             let (x, slope) = match options.logit_softcap {
                 Some(cap) => (cap * (z / cap).clamp(-SATURATED, SATURATED).atanh(), 1.0 - (z / cap).powi(2)),
