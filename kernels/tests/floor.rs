@@ -175,7 +175,7 @@ proptest! {
         let sample = Sample::new(case.shape, some(case.shape.tokens, 0), some(case.shape.vocab, 999)).unwrap();
         let rows = reference::backward_rows(&problem, &truth.forward.lse, &cotangents, &sample).unwrap();
         let logits = LogitFloor::new(&contract, &problem, &truth.forward).unwrap();
-        let floor = contract.floor_rows(&problem, &logits, &truth.forward, &cotangents, &rows, &sample).unwrap();
+        let floor = contract.floor_of(&logits, &problem, &truth.forward, &cotangents, &rows, Some(&sample)).unwrap();
         prop_assert_eq!((&floor.loss, &floor.lse, &floor.label_logits), (&truth.floor.loss, &truth.floor.lse, &truth.floor.label_logits));
         let (whole, exact) = (&truth.floor, &truth.gradients);
         prop_assert!(compared(sample.tokens(), (&floor.hidden, &rows.hidden), (&whole.hidden, &exact.hidden)) < 1e-6);
@@ -193,7 +193,7 @@ fn other_rows_have_another_floor() {
         let sample = Sample::new(case.shape, tokens.to_vec(), ids.to_vec()).unwrap();
         let rows = reference::backward_rows(&problem, &truth.forward.lse, &cotangents, &sample).unwrap();
         let logits = LogitFloor::new(&contract, &problem, &truth.forward).unwrap();
-        let floor = contract.floor_rows(&problem, &logits, &truth.forward, &cotangents, &rows, &sample).unwrap();
+        let floor = contract.floor_of(&logits, &problem, &truth.forward, &cotangents, &rows, Some(&sample)).unwrap();
         let (whole, exact) = (&truth.floor, &truth.gradients);
         let hidden = compared(&[1, 4, 7], (&floor.hidden, &rows.hidden), (&whole.hidden, &exact.hidden));
         let unembedding =
@@ -215,7 +215,7 @@ fn floors_of_shards_and_of_rows_that_do_not_exist_are_refused() {
     assert_eq!(Contract::F32.floor(&shard, &truth.forward, &cotangents, &truth.gradients).unwrap_err(), refused);
     let logits = LogitFloor::new(&Contract::F32, &problem, &truth.forward).unwrap();
     let rows = |problem, sample: &Sample| {
-        Contract::F32.floor_rows(problem, &logits, &truth.forward, &cotangents, &truth.gradients, sample).map(|_| ())
+        Contract::F32.floor_of(&logits, problem, &truth.forward, &cotangents, &truth.gradients, Some(sample)).map(|_| ())
     };
     assert_eq!(rows(&shard, &Sample::all(case.shape)).unwrap_err(), refused);
     let larger = Sample::all(Shape { vocab: 9, ..case.shape });

@@ -198,36 +198,62 @@ impl Contract {
         cotangents: &Cotangents,
         gradients: &Gradients,
     ) -> Result<Floor, ProblemError> {
-        let logits = LogitFloor::new(self, problem, forward)?;
-        let pass = Pass::new(*self, problem, &forward.lse, &logits.spreads, cotangents);
-        let [mut hidden, mut unembedding] = [problem.shape().tokens, problem.shape().vocab].map(|rows| pass.side(rows));
-        pass.run(&mut hidden, &mut unembedding);
-        let hidden = pass.hidden(hidden, &gradients.hidden);
-        let unembedding = pass.unembedding(unembedding, &gradients.unembedding);
-        let LogitFloor { loss, lse, label_logits, .. } = logits;
-        Ok(Floor { loss, lse, label_logits, hidden, unembedding })
+        self.floor_of(&LogitFloor::new(self, problem, forward)?, problem, forward, cotangents, gradients, None)
     }
 
-    /// The same for some rows of the gradients: `gradients` are those of [`reference::backward_rows`] for this `sample`. The
-    /// per-token results have their errors for all tokens.
+    /// The same where the errors of the logits are at hand, for all rows of the gradients or those of a sample: `gradients`
+    /// are then those of [`reference::backward_rows`] for it. The per-token results have their errors for all tokens.
     ///
     /// # Errors
     /// If the unembedding is a shard, or a row does not exist.
     ///
     /// # Panics
     /// If `logits` are those of another problem, or [of another contract](LogitFloor::is_of).
-    pub fn floor_rows(
+    pub fn floor_of(
         &self,
-        problem: &Problem,
         logits: &LogitFloor,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+        sample: Option<&Sample>,
+    ) -> Result<Floor, ProblemError> {
+        problem.require_whole("the floor")?;
+        assert!(logits.is_of(self), "the errors of logits under this contract");
+        let [hidden, unembedding] = match sample {
+            None => self.all_rows(logits, problem, forward, cotangents, gradients),
+            Some(sample) => {
+                sample.require_within(problem.shape())?;
+                self.some_rows(logits, problem, forward, cotangents, gradients, sample)
+            }
+        };
+        let LogitFloor { loss, lse, label_logits, .. } = logits.clone();
+        Ok(Floor { loss, lse, label_logits, hidden, unembedding })
+    }
+
+    fn all_rows(
+        &self,
+        logits: &LogitFloor,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+    ) -> [GradientError; 2] {
+        let pass = Pass::new(*self, problem, &forward.lse, &logits.spreads, cotangents);
+        let [mut hidden, mut unembedding] = [problem.shape().tokens, problem.shape().vocab].map(|rows| pass.side(rows));
+        pass.run(&mut hidden, &mut unembedding);
+        [pass.hidden(hidden, &gradients.hidden), pass.unembedding(unembedding, &gradients.unembedding)]
+    }
+
+    fn some_rows(
+        &self,
+        logits: &LogitFloor,
+        problem: &Problem,
         forward: &Forward,
         cotangents: &Cotangents,
         gradients: &Gradients,
         sample: &Sample,
-    ) -> Result<Floor, ProblemError> {
-        problem.require_whole("the floor")?;
-        sample.require_within(problem.shape())?;
-        assert!(logits.is_of(self), "the errors of logits under this contract");
+    ) -> [GradientError; 2] {
         let (tokens, ids) = (sample.tokens(), sample.ids());
         let hidden = problem.with_tokens(tokens, |problem| {
             let lse: Vec<f64> = tokens.iter().map(|&n| forward.lse[n]).collect();
@@ -244,8 +270,7 @@ impl Contract {
             pass.run(&mut Side::unwanted(problem.shape().tokens), &mut unembedding);
             pass.unembedding(unembedding, &gradients.unembedding)
         });
-        let LogitFloor { loss, lse, label_logits, .. } = logits.clone();
-        Ok(Floor { loss, lse, label_logits, hidden, unembedding })
+        [hidden, unembedding]
     }
 }
 
