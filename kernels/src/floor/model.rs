@@ -428,7 +428,7 @@ impl<'a> Pass<'a> {
         let slope_variance = options
             .logit_softcap
             .map_or(0.0, |cap| options.logit_scale.powi(2) * (4.0 * (z / (cap * cap)).powi(2) * z_variance + (2.0 * u).powi(2)));
-        let at_label = if token.label == Some(v) { onehot } else { 0.0 } + constant;
+        let at_label = constant + if token.label == Some(v) { onehot } else { 0.0 };
         let before = factor * p;
         let (lse_part, label_part) = (before * slope, at_label * slope);
         let deviation = self.arithmetic.p_variance(self.problem, token.spread, token.lse, z_variance, p).sqrt();
@@ -572,5 +572,35 @@ impl Norms {
         let larger = |a: Vec<f64>, b: Vec<f64>| a.into_iter().zip(b).map(|(a, b)| a.max(b)).collect();
         let largest = squared.par_chunks_mut(step).enumerate().map(of_some).reduce(|| vec![0.0; columns], larger);
         Self { squared, largest }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spread_of_two_parts_is_that_of_the_whole() {
+        let z = ndarray::array![0.5, -7.0, 3.0, 2.5, 1.0];
+        let variance = ndarray::array![1.0, 2.0, 4.0, 8.0, 16.0];
+        let (label, lse) = (Label::Column(3), 4.0);
+        let of = |ids: Range<usize>| {
+            let part = ndarray::s![ids.clone()];
+            Spread::new(label, ids, lse, z.slice(part), variance.slice(part))
+        };
+        for cut in 1..5 {
+            let mut sum = Spread::default();
+            sum.add(&of(0..cut));
+            sum.add(&of(cut..5));
+            let figures = |s: Spread| [s.total, s.largest, s.max, s.sum, s.squares, s.variance, s.label];
+            for (sum, whole) in figures(sum).into_iter().zip(figures(of(0..5))) {
+                assert!((sum - whole).abs() <= 1e-15 * whole.abs(), "cut at {cut}: {sum} {whole}");
+            }
+        }
+        let terms =
+            [(-7.0f64).exp() * 1.0, (-22.0f64).exp() * 2.0, (-2.0f64).exp() * 4.0, (-3.0f64).exp() * 8.0, (-6.0f64).exp() * 16.0];
+        let whole = of(0..5);
+        assert!((whole.total - terms.iter().sum::<f64>()).abs() < 1e-15 && (whole.largest - terms[2]).abs() < 1e-15);
+        assert_eq!((whole.max, whole.sum, whole.squares, whole.variance, whole.label), (7.0, 0.0, 65.5, 31.0, 8.0));
     }
 }
