@@ -167,6 +167,40 @@ fn one_step_and_one_microbatch() {
 }
 
 #[test]
+fn a_sample_is_judged_and_said() {
+    let folder = dumps();
+    let at = folder.path();
+    let sampled = xent_diff(at, &["dumps/healthy", "--sample", "7"]);
+    assert_eq!((sampled.code, sampled.err.as_str()), (Some(0), ""));
+    assert!(sampled.out.lines().next().unwrap().contains("gradients sampled"), "{}", sampled.out);
+    let on_one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let said = "of the gradients, a sample was judged: 7 rows of each in dQ, 7 rows in dK";
+    assert!(on_one_line(&sampled.out).contains(said), "{}", sampled.out);
+    let faulty = xent_diff(at, &["dumps/faulty", "--sample=9", "--candidate", "recorded"]);
+    assert_eq!(faulty.code, Some(1), "{}", faulty.err);
+    for words in ["in 9 of", "no cause is sought", "--full", "xent-diff dumps/faulty --step 0 --candidate recorded --sample 9"] {
+        assert!(on_one_line(&faulty.out).contains(words), "{words}:\n{}", faulty.out);
+    }
+    let json = |options: &[&str]| -> Value {
+        serde_json::from_str(&xent_diff(at, &[&["dumps/healthy", "--json", "-"], options].concat()).out).unwrap()
+    };
+    let report = json(&["--sample", "7"]);
+    assert_eq!(report["candidates"][0]["sample"], serde_json::json!({ "token_rows": 7, "vocab_rows": 7 }));
+    let tensors = report["candidates"][0]["microbatches"][0]["tensors"].as_array().unwrap();
+    let dk = tensors.iter().find(|t| t["name"] == "d_unembedding").unwrap();
+    assert_eq!((dk["shape"][0].as_u64(), dk["sampled_from"].as_u64()), (Some(7), Some(50)));
+    assert!(tensors.iter().find(|t| t["name"] == "loss").unwrap().get("sampled_from").is_none());
+    assert_eq!(report["candidates"][0]["accumulated"]["grad_norm"], Value::Null);
+    for all in [&["--full"][..], &[]] {
+        assert!(json(all)["candidates"][0].get("sample").is_none());
+    }
+    assert_eq!(json(&["--sample"])["candidates"][0]["sample"]["vocab_rows"], 50, "no more than there are");
+    refused(at, &["dumps/healthy", "--sample", "0"], "expected a number of rows, 1 or more");
+    refused(at, &["--sample", "dumps/healthy"], "a path stands before --sample");
+    refused(at, &["dumps/healthy", "--sample", "--full"], "cannot be used with");
+}
+
+#[test]
 fn a_damaged_dump_is_refused_and_the_others_are_judged() {
     let folder = dumps();
     let at = folder.path();
@@ -233,9 +267,10 @@ fn the_kernel_is_chosen_by_the_environment() {
     for kernel in info["kernels"].as_array().unwrap() {
         let name = kernel["name"].as_str().unwrap();
         assert_eq!(machine(run(name, &["info", "--machine", "--json", "-"]))["kernel"], *name);
-        assert!(run(name, &["info", "--machine"]).out.contains(&format!("kernel {name}")), "{name}");
-        let judged = run(name, &["dumps/healthy"]);
-        assert!(judged.code == Some(0) && judged.out.contains(&format!("the fused kernel {name}")), "{name}: {}", judged.out);
+        assert!(run(name, &["info", "--machine"]).out.contains(&format!("{name} (FUSED_XENT_KERNEL")), "{name}");
+        let judged = run(name, &["dumps/healthy", "--json", "-"]);
+        assert_eq!(judged.code, Some(0), "{name}: {}", judged.err);
+        assert!(judged.out.contains(&format!("the fused kernel {name} of this machine")), "{name}: {}", judged.out);
     }
     for arguments in [&["dumps/healthy"][..], &["dumps/healthy", "--candidate", "cpu"], &["info", "--machine"]] {
         let ended = run("abacus", arguments);

@@ -1,14 +1,17 @@
 //! The engine on whole dumps: no false alarm on honest gradients, no false pass on wrong ones, and the right cause.
 
 use fused_xent::diff::fault::{CATALOGUE, Fault};
+use fused_xent::diff::sampling::Sampling;
 use fused_xent::diff::synth::{Regime, SynthOptions, synth};
 use fused_xent::diff::{Candidate, DiffError, Settings, judge};
 use fused_xent::dump::{Dump, Elements, Folder, FolderId, FolderWriter, LossSettings, Placement, Run};
 use fused_xent::kernels::contract::Precision;
 use fused_xent::kernels::problem::{Floats, LossOptions};
 use fused_xent::kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
-use fused_xent::report::model::{CandidateReport, Confidence, Report, Verdict};
+use fused_xent::report::model::{CandidateReport, Confidence, Report, SampleReport, TensorReport, Verdict};
 use proptest::prelude::*;
+use serde_json::Value;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -23,8 +26,16 @@ fn make(options: &SynthOptions) -> TempDir {
 }
 
 fn judge_recorded(path: &Path) -> Report {
-    let settings = Settings { candidates: vec![Candidate::Recorded], ..Settings::default() };
+    judge_rows(path, Sampling::BySize)
+}
+
+fn judge_rows(path: &Path, sampling: Sampling) -> Report {
+    let settings = Settings { candidates: vec![Candidate::Recorded], sampling, ..Settings::default() };
     judge(path, &settings, &()).unwrap()
+}
+
+fn rows(rows: usize) -> Sampling {
+    Sampling::Rows(NonZeroUsize::new(rows).unwrap())
 }
 
 fn only(report: &Report) -> &CandidateReport {
@@ -63,6 +74,10 @@ fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
+fn settings(options: LossOptions) -> LossSettings {
+    LossSettings { options, ..LossSettings::default() }
+}
+
 proptest! {
     #![proptest_config(config(48))]
 
@@ -76,13 +91,14 @@ proptest! {
         microbatches in 1..4usize,
         masked in prop::sample::select(vec![0.0, 0.2, 0.9]),
         (weights, narrow, spread) in any::<(bool, bool, bool)>(),
+        sampling in prop_oneof![Just(Sampling::BySize), (1..400usize).prop_map(rows)],
         seed in any::<u64>(),
     ) {
         let processes = if spread { tokens.min(vocab).min(3) } else { 1 };
         let gradients = if narrow { Precision::Bf16 } else { Precision::F32 };
         let options = SynthOptions { tokens, hidden, vocab, microbatches, processes, regime, masked, weights, loss, gradients, seed, ..SynthOptions::default() };
         let folder = make(&options);
-        let report = judge(folder.path(), &Settings::default(), &()).unwrap();
+        let report = judge(folder.path(), &Settings { sampling, ..Settings::default() }, &()).unwrap();
         prop_assert_eq!(report.candidates.len(), 2);
         for candidate in &report.candidates {
             let reasons: Vec<_> = candidate.microbatches.iter().flat_map(|m| &m.tensors).chain(candidate.accumulated.iter().flat_map(|a| &a.tensors))
@@ -220,6 +236,118 @@ fn a_nan_is_located_and_left_out_of_the_other_figures() {
     let tensor = candidate.microbatches[0].tensors.iter().find(|t| t.name == "d_hidden").unwrap();
     assert_eq!((tensor.verdict, tensor.nonfinite, tensor.shape), (Verdict::Diverge, 1, [120, 32]));
     assert!(tensor.ratio < 1.5, "the rest is healthy: {}", tensor.ratio);
+}
+
+/// Every figure of a candidate but the causes, and that it was a sample.
+fn figures(candidate: &CandidateReport) -> Value {
+    let strip = |value: &mut Value, names: &[&str]| {
+        names.iter().for_each(|name| drop(value.as_object_mut().unwrap().remove(*name)));
+    };
+    let mut value = serde_json::to_value(candidate).unwrap();
+    strip(&mut value, &["sample", "findings"]);
+    for microbatch in value["microbatches"].as_array_mut().unwrap() {
+        microbatch["tensors"].as_array_mut().unwrap().iter_mut().for_each(|tensor| strip(tensor, &["sampled_from"]));
+    }
+    strip(&mut value["accumulated"], &["grad_norm"]);
+    strip(&mut value["accumulated"]["tensors"][0], &["sampled_from"]);
+    value
+}
+
+fn tensor<'a>(candidate: &'a CandidateReport, microbatch: usize, name: &str) -> &'a TensorReport {
+    candidate.microbatches[microbatch].tensors.iter().find(|t| t.name == name).unwrap()
+}
+
+#[test]
+fn a_sample_of_everything_has_the_figures_of_everything() {
+    for fault in [None, Some(Fault::VocabTailDropped { tile: 96 }), Some(Fault::LabelTileEdge { tile: 32 })] {
+        let options = SynthOptions { faults: fault.into_iter().collect(), processes: 2, ..small() };
+        let folder = make(&options);
+        let judge = |sampling| judge(folder.path(), &Settings { sampling, ..Settings::default() }, &()).unwrap();
+        let (all, sampled) = (judge(Sampling::Full), judge(rows(1000)));
+        assert_eq!(all.candidates.len(), 2);
+        for (all, sampled) in all.candidates.iter().zip(&sampled.candidates) {
+            assert_eq!((all.sample, sampled.sample), (None, Some(SampleReport { token_rows: 120, vocab_rows: 400 })));
+            assert_eq!(figures(sampled), figures(all));
+        }
+    }
+}
+
+#[test]
+fn a_sample_finds_planted_faults() {
+    for (fault, stage, gradients) in [
+        (Fault::VocabTailDropped { tile: 128 }, "d_hidden", Precision::F32),
+        (Fault::LabelTileEdge { tile: 32 }, "d_hidden", Precision::F32),
+        (Fault::DkCotangentMissing { factor: 8.0 }, "d_unembedding", Precision::Bf16),
+        (Fault::parse("label-scatter-bf16").unwrap(), "d_unembedding", Precision::F32),
+        (Fault::parse("vocab-pad-unmasked").unwrap(), "loss", Precision::F32),
+    ] {
+        let options = SynthOptions { regime: telling_regime(fault), gradients, ..small() }.planting(fault);
+        let report = judge_rows(make(&options).path(), rows(40));
+        let candidate = only(&report);
+        assert_eq!(candidate.sample, Some(SampleReport { token_rows: 40, vocab_rows: 40 }));
+        assert_eq!(candidate.verdict, Verdict::Diverge, "{}", fault.slug());
+        assert_eq!(candidate.first_divergence.as_ref().unwrap().stage, stage, "{}", fault.slug());
+        let dk = tensor(candidate, 1, "d_unembedding");
+        assert_eq!((dk.verdict, dk.shape, dk.sampled_from), (Verdict::Diverge, [40, 32], Some(400)), "{}", fault.slug());
+        let accumulated = candidate.accumulated.as_ref().unwrap();
+        assert!(accumulated.tensors[0].verdict == Verdict::Diverge && accumulated.grad_norm.is_none(), "{}", fault.slug());
+        assert_eq!(causes(&report), ["unknown"]);
+        assert!(candidate.findings[0].remedy.contains("--full"), "{}", candidate.findings[0].remedy);
+        if let Fault::VocabTailDropped { tile } = fault {
+            let [first, last] = dk.zero_tail.unwrap();
+            assert!(first <= 400 / tile * tile && 400 / tile * tile <= last && last < first + 20, "{first}, {last}");
+        }
+    }
+}
+
+/// Rows are told by their place in the whole tensor; what no sampled row shows is not seen.
+#[test]
+fn a_fault_in_one_row_is_located_if_the_row_is_sampled() {
+    let options = SynthOptions {
+        regime: Regime::Initial,
+        gradients: Precision::F32,
+        loss: settings(LossOptions { valid_vocab: Some(390), ..LossOptions::default() }),
+        ..small()
+    };
+    let healthy = make(&options);
+    let reversed = |tensor: &'static str, row: usize| {
+        let changed = rewritten(healthy.path(), move |name, x, width| {
+            if name == tensor {
+                x[row * width..(row + 1) * width].reverse();
+            }
+        });
+        judge_rows(changed.path(), rows(40))
+    };
+    for (name, row) in [("d_hidden", 0), ("d_hidden", 119), ("d_unembedding", 0), ("d_unembedding", 389)] {
+        let report = reversed(name, row);
+        let (found, other) = (tensor(only(&report), 0, name), if name == "d_hidden" { "d_unembedding" } else { "d_hidden" });
+        assert_eq!(found.verdict, Verdict::Diverge, "{name} {row}");
+        assert_eq!(found.worst.as_ref().unwrap().index[0], row, "{name}");
+        assert!(found.pattern.as_ref().unwrap().rows.iter().any(|[from, to]| (*from..*to).contains(&row)), "{name} {row}");
+        assert_eq!(tensor(only(&report), 0, other).verdict, Verdict::Agree, "{name} {row}");
+    }
+    let unseen = (1..9).any(|row| reversed("d_unembedding", row).verdict == Verdict::Agree);
+    assert!(unseen, "a sample does not see every row");
+}
+
+#[test]
+fn steps_are_sampled_alike_every_time_and_small_ones_not_at_all() {
+    let folder = make(&small());
+    let sampled = || serde_json::to_value(judge_rows(folder.path(), rows(9))).unwrap();
+    assert_eq!(sampled(), sampled());
+    assert!(judge_rows(folder.path(), Sampling::BySize).candidates[0].sample.is_none());
+}
+
+#[test]
+fn a_nan_in_a_sampled_row_is_told() {
+    let healthy = make(&small());
+    let broken = rewritten(healthy.path(), |name, x, _| {
+        if name == "d_unembedding" {
+            x[3] = f64::INFINITY;
+        }
+    });
+    let report = judge_rows(broken.path(), rows(5));
+    assert_eq!(causes(&report), ["nonfinite"]);
 }
 
 #[test]

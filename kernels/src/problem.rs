@@ -4,6 +4,11 @@
 //! the mask, and the options that change a logit or a per-token loss ([`LossOptions`]). How the per-token losses add up
 //! to the number that training minimises is the business of [`crate::reduction`].
 
+mod sample;
+
+pub use sample::Sample;
+
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -104,6 +109,19 @@ impl Floats<'_> {
             Floats::Bf16(s) => s[i].to_f32(),
             Floats::F16(s) => s[i].to_f32(),
             Floats::F32(s) => s[i],
+        }
+    }
+
+    /// Writes the elements from `start` on to `out`, as many as it holds.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn widen(&self, start: usize, out: &mut [f64]) {
+        let range = start..start + out.len();
+        match self {
+            Floats::Bf16(s) => s[range].convert_to_f64_slice(out),
+            Floats::F16(s) => s[range].convert_to_f64_slice(out),
+            Floats::F32(s) => out.iter_mut().zip(&s[range]).for_each(|(out, &x)| *out = f64::from(x)),
         }
     }
 }
@@ -562,6 +580,16 @@ pub enum ProblemError {
         start: usize,
         /// One past its last.
         end: usize,
+    },
+    /// A sampled row that does not exist.
+    #[error("sampled {what} {found}: there are {count}, numbered from 0; leave it out")]
+    SampleRow {
+        /// A token or a vocab id.
+        what: &'static str,
+        /// As given.
+        found: usize,
+        /// N or V.
+        count: usize,
     },
     /// Merged partials are not those of the whole vocabulary.
     #[error("the merged partials hold {found} valid columns of {expected}; merge every vocab shard's exactly once")]

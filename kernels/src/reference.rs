@@ -9,9 +9,12 @@
 //! dlogits = ∂/∂z · scale·(1 − (z/cap)²)                          dQ = dlogits·K,  dK = dlogitsᵀ·Q
 //! ```
 //! It holds the logits of a block of tokens at a time, all V of them, and takes its products from a library's f64 GEMM.
+//! Beyond inputs and results it needs some 200 MiB, and 20 MiB for each thread. Where V·D numbers in float64 are too many,
+//! [`backward_rows`] gives those rows of dQ and dK that a [`Sample`] names.
 
-use crate::problem::{Floats, Label, Layout, LossOptions, Problem, ProblemError, Shape};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use crate::problem::{Label, Layout, LossOptions, Problem, ProblemError, Sample, Shape};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -41,6 +44,12 @@ impl Cotangents {
     /// g[n] = factor · w[n]: the cotangents of a weighted sum of per-token losses.
     pub fn weighted(problem: &Problem, factor: f64) -> Self {
         Self { loss: Some(problem.weights().iter().map(|&w| factor * f64::from(w)).collect()), lse: None, label_logits: None }
+    }
+
+    /// Those of some tokens.
+    pub fn select(&self, tokens: &[usize]) -> Self {
+        let of = |c: &Option<Vec<f64>>| c.as_ref().map(|c| tokens.iter().map(|&n| c[n]).collect());
+        Self { loss: of(&self.loss), lse: of(&self.lse), label_logits: of(&self.label_logits) }
     }
 
     /// What multiplies P, the onehot and the constant 1 in ∂/∂z of token `n`; all 0 if it is masked.
@@ -111,23 +120,71 @@ pub fn forward(problem: &Problem) -> Result<Forward, ProblemError> {
     problem.require_whole("the oracle")?;
     let n = problem.shape().tokens;
     let mut out = Forward { loss: vec![0.0; n], lse: vec![0.0; n], label_logits: vec![0.0; n] };
-    for rows in token_blocks(problem) {
-        let z = logits(problem, rows.clone());
-        for (n, z) in rows.zip(z.outer_iter()) {
-            let Label::Column(label) = problem.labels()[n] else { continue };
-            (out.loss[n], out.lse[n]) = loss_and_lse(problem, label as usize, z.slice(s![..problem.valid_columns()]));
-            out.label_logits[n] = z[label as usize];
+    for rows in token_spans(problem) {
+        let q = hidden_rows(problem, rows.clone());
+        let mut sums = vec![LogitSums::default(); rows.len()];
+        let of_tile = |ids: Range<usize>| -> Vec<LogitSums> {
+            let z = logit_tile(problem, &q, ids.clone());
+            let sums = |(n, z): (usize, ArrayView1<f64>)| LogitSums::new(problem.labels()[n], ids.clone(), z);
+            rows.clone().zip(z.outer_iter()).map(sums).collect()
+        };
+        fold_tiles(problem, of_tile, |tile| sums.iter_mut().zip(tile).for_each(|(sum, tile)| sum.add(&tile)));
+        for (n, sums) in rows.zip(sums).filter(|(n, _)| problem.labels()[*n] != Label::Masked) {
+            (out.loss[n], out.lse[n], out.label_logits[n]) = (sums.loss(problem), sums.lse(), sums.label);
         }
     }
     Ok(out)
 }
 
-/// ℓ and lse of one token from its valid logits.
-pub fn loss_and_lse(problem: &Problem, label: usize, z: ArrayView1<f64>) -> (f64, f64) {
-    let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-    let lse = log_sum_exp(z.iter().copied());
-    let smoothed = if label_smoothing > 0.0 { label_smoothing * z.sum() / z.len() as f64 } else { 0.0 };
-    (lse - (1.0 - label_smoothing) * z[label] - smoothed + z_loss * lse * lse, lse)
+/// What a token's loss needs of its valid logits.
+#[derive(Clone, Copy, Debug)]
+struct LogitSums {
+    max: f64,
+    /// Σ exp(z − max).
+    exp: f64,
+    /// Σ z.
+    sum: f64,
+    /// z_t.
+    label: f64,
+}
+
+impl Default for LogitSums {
+    fn default() -> Self {
+        Self { max: f64::NEG_INFINITY, exp: 0.0, sum: 0.0, label: 0.0 }
+    }
+}
+
+impl LogitSums {
+    /// Of the logits `z` of `ids`, one at least.
+    fn new(label: Label, ids: Range<usize>, z: ArrayView1<f64>) -> Self {
+        let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let label = match label {
+            Label::Column(label) if ids.contains(&(label as usize)) => z[label as usize - ids.start],
+            _ => 0.0,
+        };
+        Self { max, exp: z.iter().map(|z| (z - max).exp()).sum(), sum: z.sum(), label }
+    }
+
+    /// Takes in those of other columns.
+    fn add(&mut self, other: &Self) {
+        let max = self.max.max(other.max);
+        self.exp = self.exp * (self.max - max).exp() + other.exp * (other.max - max).exp();
+        self.max = max;
+        self.sum += other.sum;
+        self.label += other.label;
+    }
+
+    fn lse(&self) -> f64 {
+        self.max + self.exp.ln()
+    }
+
+    /// ℓ.
+    fn loss(&self, problem: &Problem) -> f64 {
+        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+        let lse = self.lse();
+        let mean = self.sum / problem.valid_columns() as f64;
+        lse - (1.0 - label_smoothing) * self.label - label_smoothing * mean + z_loss * lse * lse
+    }
 }
 
 /// dQ and dK, in parts, for `cotangents` of the results of [`forward`].
@@ -137,15 +194,59 @@ pub fn loss_and_lse(problem: &Problem, label: usize, z: ArrayView1<f64>) -> (f64
 pub fn backward(problem: &Problem, lse: &[f64], cotangents: &Cotangents) -> Result<Gradients, ProblemError> {
     problem.require_whole("the oracle")?;
     let mut out = Gradients::zeros(problem.shape());
+    add_gradients(problem, lse, cotangents, Some(&mut out.hidden), Some(&mut out.unembedding));
+    Ok(out)
+}
+
+/// The rows of dQ and dK that `sample` names, in its order: [`backward`] at the cost of these rows.
+///
+/// It holds a copy of the sampled rows of Q and K besides.
+///
+/// # Errors
+/// If the unembedding is a shard, or a row does not exist.
+pub fn backward_rows(
+    problem: &Problem,
+    lse: &[f64],
+    cotangents: &Cotangents,
+    sample: &Sample,
+) -> Result<Gradients, ProblemError> {
+    problem.require_whole("the oracle")?;
+    sample.require_within(problem.shape())?;
+    let (tokens, ids) = (sample.tokens(), sample.ids());
+    let mut out = Gradients::zeros(Shape { tokens: tokens.len(), vocab: ids.len(), ..problem.shape() });
+    problem.with_tokens(tokens, |problem| {
+        let lse: Vec<f64> = tokens.iter().map(|&n| lse[n]).collect();
+        add_gradients(problem, &lse, &cotangents.select(tokens), Some(&mut out.hidden), None);
+    });
+    problem.with_ids(ids, |problem| add_gradients(problem, lse, cotangents, None, Some(&mut out.unembedding)));
+    Ok(out)
+}
+
+/// Adds dQ and dK, those that are asked for, of a problem or a shard of one.
+fn add_gradients(
+    problem: &Problem,
+    lse: &[f64],
+    cotangents: &Cotangents,
+    mut d_hidden: Option<&mut Parts>,
+    mut d_unembedding: Option<&mut Parts>,
+) {
     for rows in token_blocks(problem) {
         let dlogits = dlogits(problem, rows.clone(), lse, cotangents);
-        products(problem, rows.clone(), dlogits.lse.view(), &mut out.hidden.lse, &mut out.unembedding.lse);
-        if let Some(constant) = &dlogits.constant {
-            products(problem, rows.clone(), constant.view(), &mut out.hidden.label, &mut out.unembedding.label);
+        if let Some(out) = &mut d_hidden {
+            hidden_product(problem, rows.clone(), dlogits.lse.view(), &mut out.lse);
+            if let Some(constant) = &dlogits.constant {
+                hidden_product(problem, rows.clone(), constant.view(), &mut out.label);
+            }
+            hidden_label_product(problem, rows.clone(), &dlogits.onehot, &mut out.label);
         }
-        label_products(problem, rows, &dlogits.onehot, &mut out.hidden.label, &mut out.unembedding.label);
+        if let Some(out) = &mut d_unembedding {
+            unembedding_product(problem, rows.clone(), dlogits.lse.view(), &mut out.lse);
+            if let Some(constant) = &dlogits.constant {
+                unembedding_product(problem, rows.clone(), constant.view(), &mut out.label);
+            }
+            unembedding_label_product(problem, rows, &dlogits.onehot, &mut out.label);
+        }
     }
-    Ok(out)
 }
 
 /// dlogits of a block of tokens: the lse part, and the label part split into its value at the label and the rest.
@@ -190,20 +291,21 @@ pub fn dlogits(problem: &Problem, rows: Range<usize>, lse: &[f64], cotangents: &
     Dlogits { lse: z, onehot, constant }
 }
 
-/// dQ[n] += onehot[n]·K[t] and dK[t] += onehot[n]·Q[n] over a block of tokens.
-pub fn label_products(
-    problem: &Problem,
-    rows: Range<usize>,
-    onehot: &[f64],
-    d_hidden: &mut Array2<f64>,
-    d_unembedding: &mut Array2<f64>,
-) {
-    let q = hidden_rows(problem, rows.clone());
-    for ((n, q), &onehot) in rows.zip(q.outer_iter()).zip(onehot) {
+/// dQ[n] += onehot[n]·K[t] over a block of tokens.
+pub fn hidden_label_product(problem: &Problem, rows: Range<usize>, onehot: &[f64], d_hidden: &mut Array2<f64>) {
+    for (n, &onehot) in rows.zip(onehot) {
         let Label::Column(label) = problem.labels()[n] else { continue };
         let label = label as usize;
         d_hidden.row_mut(n).scaled_add(onehot, &unembedding_rows(problem, label..label + 1).row(0));
-        d_unembedding.row_mut(label).scaled_add(onehot, &q);
+    }
+}
+
+/// dK[t] += onehot[n]·Q[n] over a block of tokens.
+pub fn unembedding_label_product(problem: &Problem, rows: Range<usize>, onehot: &[f64], d_unembedding: &mut Array2<f64>) {
+    let q = hidden_rows(problem, rows.clone());
+    for ((n, q), &onehot) in rows.zip(q.outer_iter()).zip(onehot) {
+        let Label::Column(label) = problem.labels()[n] else { continue };
+        d_unembedding.row_mut(label as usize).scaled_add(onehot, &q);
     }
 }
 
@@ -221,94 +323,146 @@ pub fn log_sum_exp(z: impl Iterator<Item = f64> + Clone) -> f64 {
     max + z.map(|z| (z - max).exp()).sum::<f64>().ln()
 }
 
-/// Blocks of tokens whose logits fit a bounded workspace.
+/// Blocks of tokens whose rows of Q, and of logits, fit a workspace of 64 MiB.
 pub fn token_blocks(problem: &Problem) -> impl Iterator<Item = Range<usize>> + use<> {
-    const WORKSPACE: usize = 128 << 20;
-    let n = problem.shape().tokens;
-    let block = (WORKSPACE / size_of::<f64>() / problem.shape().vocab).clamp(16, 1024);
-    (0..n).step_by(block).map(move |start| start..(start + block).min(n))
+    let Shape { tokens, hidden, vocab } = problem.shape();
+    blocks(tokens, hidden.max(vocab))
 }
+
+/// Blocks of tokens whose rows of Q fit a workspace of 64 MiB: for what goes over the logits in tiles.
+pub fn token_spans(problem: &Problem) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Shape { tokens, hidden, .. } = problem.shape();
+    blocks(tokens, hidden)
+}
+
+fn blocks(tokens: usize, width: usize) -> impl Iterator<Item = Range<usize>> {
+    const ELEMENTS: usize = 8 << 20;
+    let block = (ELEMENTS / width).clamp(1, 1024);
+    (0..tokens).step_by(block).map(move |start| start..(start + block).min(tokens))
+}
+
+/// Gives each tile of the valid vocab ids to `map`, many at a time, and its result to `fold`, in the order of the ids.
+pub fn fold_tiles<T: Send>(problem: &Problem, map: impl Fn(Range<usize>) -> T + Sync, mut fold: impl FnMut(T)) {
+    const AT_A_TIME: usize = 64;
+    let (tile, valid) = (vocab_tile(problem.shape()), problem.valid_columns());
+    let tiles = valid.div_ceil(tile);
+    for first in (0..tiles).step_by(AT_A_TIME) {
+        let some = (first..(first + AT_A_TIME).min(tiles)).into_par_iter();
+        let done: Vec<T> = some.map(|i| map(i * tile..((i + 1) * tile).min(valid))).collect();
+        done.into_iter().for_each(&mut fold);
+    }
+}
+
+/// Vocab ids of one piece of work: enough pieces for many threads, 4 MiB of K in each.
+fn vocab_tile(shape: Shape) -> usize {
+    const ELEMENTS: usize = 1 << 19;
+    const PIECES: usize = 16;
+    const FEWEST: usize = 64;
+    (ELEMENTS / shape.hidden).min(shape.vocab.div_ceil(PIECES)).clamp(FEWEST, MOST_IDS)
+}
+
+/// Vocab ids that a piece of work takes at most.
+const MOST_IDS: usize = 1024;
 
 /// z, [rows, V]: scaled, capped, −∞ in padding columns.
 pub fn logits(problem: &Problem, rows: Range<usize>) -> Array2<f64> {
     let q = hidden_rows(problem, rows);
+    let mut z = in_tiles(problem, &q, |ids, z| write_logits(problem, &q, ids, z));
+    z.slice_mut(s![.., problem.valid_columns()..]).fill(f64::NEG_INFINITY);
+    z
+}
+
+/// z of tokens whose rows of Q are `q` and of some valid vocab ids.
+pub fn logit_tile(problem: &Problem, q: &Array2<f64>, ids: Range<usize>) -> Array2<f64> {
+    let mut z = Array2::zeros((q.nrows(), ids.len()));
+    write_logits(problem, q, ids, z.view_mut());
+    z
+}
+
+fn write_logits(problem: &Problem, q: &Array2<f64>, ids: Range<usize>, mut z: ArrayViewMut2<f64>) {
     let options = problem.options();
-    let valid = problem.valid_columns();
-    let mut z = times_unembedding(problem, &q, options.logit_scale, |k| k);
+    general_mat_mul(options.logit_scale, q, &unembedding_rows(problem, ids).t(), 0.0, &mut z);
     if let Some(cap) = options.logit_softcap {
-        z.par_mapv_inplace(|x| cap * (x / cap).tanh());
+        z.mapv_inplace(|x| cap * (x / cap).tanh());
     }
-    z.slice_mut(s![.., valid..]).fill(f64::NEG_INFINITY);
-    z
 }
 
-/// scale²·Σ_d q²·k², [rows, V]: the squared terms of each logit's sum over D.
-pub fn squared_products(problem: &Problem, rows: Range<usize>) -> Array2<f64> {
-    let q = hidden_rows(problem, rows).mapv(|q| q * q);
-    times_unembedding(problem, &q, problem.options().logit_scale.powi(2), |k| k.mapv_into(|k| k * k))
+/// scale²·Σ_d q²·k², [rows, V]: the squared terms of each logit's sum over D. `q_squared` are the squares of their rows of Q.
+pub fn squared_products(problem: &Problem, q_squared: &Array2<f64>) -> Array2<f64> {
+    in_tiles(problem, q_squared, |ids, out| write_squared_products(problem, q_squared, ids, out))
 }
 
-fn times_unembedding(
-    problem: &Problem,
-    q: &Array2<f64>,
-    scale: f64,
-    of_k: impl Fn(Array2<f64>) -> Array2<f64> + Sync,
-) -> Array2<f64> {
-    let mut z = Array2::zeros((q.nrows(), problem.shape().vocab));
-    z.axis_chunks_iter_mut(Axis(1), VOCAB_CHUNK).into_par_iter().zip(vocab_chunks(problem)).for_each(|(mut z, ids)| {
-        ndarray::linalg::general_mat_mul(scale, q, &of_k(unembedding_rows(problem, ids)).t(), 0.0, &mut z);
+/// Those of some vocab ids.
+pub fn squared_product_tile(problem: &Problem, q_squared: &Array2<f64>, ids: Range<usize>) -> Array2<f64> {
+    let mut out = Array2::zeros((q_squared.nrows(), ids.len()));
+    write_squared_products(problem, q_squared, ids, out.view_mut());
+    out
+}
+
+fn write_squared_products(problem: &Problem, q_squared: &Array2<f64>, ids: Range<usize>, mut out: ArrayViewMut2<f64>) {
+    let k_squared = unembedding_rows(problem, ids).mapv_into(|k| k * k);
+    general_mat_mul(problem.options().logit_scale.powi(2), q_squared, &k_squared.t(), 0.0, &mut out);
+}
+
+/// A [rows, V] matrix for rows `q`, whose tiles `write` writes.
+fn in_tiles(problem: &Problem, q: &Array2<f64>, write: impl Fn(Range<usize>, ArrayViewMut2<f64>) + Sync) -> Array2<f64> {
+    let tile = vocab_tile(problem.shape());
+    let mut out = Array2::zeros((q.nrows(), problem.shape().vocab));
+    let tiles = out.axis_chunks_iter_mut(Axis(1), tile).into_par_iter();
+    tiles.enumerate().for_each(|(i, out)| write(i * tile..i * tile + out.ncols(), out));
+    out
+}
+
+/// dQ[rows] += dlogits·K, for dlogits [rows, V].
+pub fn hidden_product(problem: &Problem, rows: Range<usize>, dlogits: ArrayView2<f64>, d_hidden: &mut Array2<f64>) {
+    const FEATURES: usize = 128;
+    let Shape { vocab, .. } = problem.shape();
+    let mut out = d_hidden.slice_mut(s![rows, ..]);
+    out.axis_chunks_iter_mut(Axis(1), FEATURES).into_par_iter().enumerate().for_each(|(i, mut out)| {
+        let features = i * FEATURES..i * FEATURES + out.ncols();
+        for start in (0..vocab).step_by(MOST_IDS) {
+            let ids = start..(start + MOST_IDS).min(vocab);
+            let k = unembedding_block(problem, ids.clone(), features.clone());
+            general_mat_mul(1.0, &dlogits.slice(s![.., ids]), &k, 1.0, &mut out);
+        }
     });
-    z
 }
 
-/// dQ[rows] += dlogits·K and dK += dlogitsᵀ·Q[rows], for dlogits [rows, V].
-pub fn products(
-    problem: &Problem,
-    rows: Range<usize>,
-    dlogits: ArrayView2<f64>,
-    d_hidden: &mut Array2<f64>,
-    d_unembedding: &mut Array2<f64>,
-) {
-    let q = hidden_rows(problem, rows.clone());
-    let partial: Vec<Array2<f64>> = d_unembedding
-        .axis_chunks_iter_mut(Axis(0), VOCAB_CHUNK)
+/// dK += dlogitsᵀ·Q[rows], for dlogits [rows, V].
+pub fn unembedding_product(problem: &Problem, rows: Range<usize>, dlogits: ArrayView2<f64>, d_unembedding: &mut Array2<f64>) {
+    let q = hidden_rows(problem, rows);
+    let tile = vocab_tile(problem.shape());
+    let columns = dlogits.axis_chunks_iter(Axis(1), tile);
+    d_unembedding
+        .axis_chunks_iter_mut(Axis(0), tile)
         .into_par_iter()
-        .zip(vocab_chunks(problem))
-        .map(|(mut dk, columns)| {
-            let dlogits = dlogits.slice(s![.., columns.clone()]);
-            ndarray::linalg::general_mat_mul(1.0, &dlogits.t(), &q, 1.0, &mut dk);
-            dlogits.dot(&unembedding_rows(problem, columns))
-        })
-        .collect();
-    let mut d_hidden = d_hidden.slice_mut(s![rows, ..]);
-    partial.iter().for_each(|p| d_hidden += p);
-}
-
-const VOCAB_CHUNK: usize = 2048;
-
-fn vocab_chunks(problem: &Problem) -> impl IndexedParallelIterator<Item = Range<usize>> {
-    let v = problem.shape().vocab;
-    (0..v.div_ceil(VOCAB_CHUNK)).into_par_iter().map(move |i| i * VOCAB_CHUNK..((i + 1) * VOCAB_CHUNK).min(v))
+        .zip(columns)
+        .for_each(|(mut out, dlogits)| general_mat_mul(1.0, &dlogits.t(), &q, 1.0, &mut out));
 }
 
 /// Rows of Q in f64.
 pub fn hidden_rows(problem: &Problem, rows: Range<usize>) -> Array2<f64> {
-    row_major(problem.hidden(), problem.shape().hidden, rows)
+    let d = problem.shape().hidden;
+    widened(rows, |n, row| problem.hidden().widen(n * d, row), d)
 }
 
 /// Rows of K (vocab ids) in f64, whatever its layout.
 pub fn unembedding_rows(problem: &Problem, ids: Range<usize>) -> Array2<f64> {
-    let shape = problem.shape();
+    unembedding_block(problem, ids, 0..problem.shape().hidden)
+}
+
+/// K[ids, features] in f64, in the order in which it lies.
+fn unembedding_block(problem: &Problem, ids: Range<usize>, features: Range<usize>) -> Array2<f64> {
+    let Shape { hidden, vocab, .. } = problem.shape();
+    let k = problem.unembedding();
     match problem.layout() {
-        Layout::Vd => row_major(problem.unembedding(), shape.hidden, ids),
-        Layout::Dv => {
-            let k = problem.unembedding();
-            Array2::from_shape_fn((ids.len(), shape.hidden), |(v, d)| f64::from(k.get(d * shape.vocab + ids.start + v)))
-        }
+        Layout::Vd => widened(ids, |v, row| k.widen(v * hidden + features.start, row), features.len()),
+        Layout::Dv => widened(features, |d, row| k.widen(d * vocab + ids.start, row), ids.len()).reversed_axes(),
     }
 }
 
-fn row_major(values: Floats, columns: usize, rows: Range<usize>) -> Array2<f64> {
-    let flat: Array1<f64> = (rows.start * columns..rows.end * columns).map(|i| f64::from(values.get(i))).collect();
-    flat.into_shape_with_order((rows.len(), columns)).expect("as many elements as the range holds")
+fn widened(rows: Range<usize>, widen: impl Fn(usize, &mut [f64]), columns: usize) -> Array2<f64> {
+    let mut out = vec![0.0; rows.len() * columns];
+    rows.clone().zip(out.chunks_exact_mut(columns.max(1))).for_each(|(i, row)| widen(i, row));
+    Array2::from_shape_vec((rows.len(), columns), out).expect("rows × columns elements")
 }

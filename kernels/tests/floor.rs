@@ -4,10 +4,12 @@ mod suite;
 
 use fused_xent_kernels::Forward;
 use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
-use fused_xent_kernels::problem::{DType, Layout, LossOptions, Shape};
-use ndarray::Array2;
+use fused_xent_kernels::floor::{Error, GradientError, LogitFloor};
+use fused_xent_kernels::problem::{DType, Layout, LossOptions, ProblemError, Sample, Shape, VocabShard};
+use fused_xent_kernels::reference::{self, Parts};
+use ndarray::{Array2, Axis};
 use proptest::prelude::*;
-use suite::{Case, Recipe, Truth, Verdict, assert_honest};
+use suite::{Case, Recipe, Truth, Verdict, assert_honest, noise, recipes};
 
 /// How a plain float32 computation rounds beyond float32.
 #[derive(Clone, Copy, Debug)]
@@ -132,6 +134,94 @@ fn cases() -> impl Strategy<Value = (Case, Contract, usize)> {
 
 fn config() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// For each row of `values`: the floor, its limit, and the bound of the first element.
+fn by_row(error: &Error, values: &Array2<f64>) -> Vec<[f64; 3]> {
+    let tolerance = error.tolerance(values.view(), Precision::Bf16);
+    let row = |row: usize| [tolerance.l2(row..row + 1), tolerance.limit(row..row + 1), tolerance.bound(row, 0, values[[row, 0]])];
+    (0..values.nrows()).map(row).collect()
+}
+
+/// The largest relative difference.
+fn furthest(a: &[[f64; 3]], b: &[[f64; 3]]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let relative = |(a, b): (&f64, &f64)| if a == b { 0.0 } else { (a - b).abs() / a.abs().max(b.abs()) };
+    a.iter().flatten().zip(b.iter().flatten()).map(relative).fold(0.0, f64::max)
+}
+
+/// The floor of some rows of a gradient, next to that of the whole gradient there.
+fn compared(rows: &[usize], sampled: (&GradientError, &Parts), whole: (&GradientError, &Parts)) -> f64 {
+    let part = |sampled: (&Error, &Array2<f64>), whole: (&Error, &Array2<f64>)| {
+        let of_whole = by_row(whole.0, whole.1);
+        let expected: Vec<_> = rows.iter().map(|&row| of_whole[row]).collect();
+        // The exact values of both are the same but for the last bit, which may tip a final rounding.
+        furthest(&by_row(sampled.0, &whole.1.select(Axis(0), rows)), &expected)
+    };
+    let (s, w) = (sampled, whole);
+    part((&s.0.lse, &s.1.lse), (&w.0.lse, &w.1.lse))
+        .max(part((&s.0.label, &s.1.label), (&w.0.label, &w.1.label)))
+        .max(part((&s.0.sum, &s.1.sum()), (&w.0.sum, &w.1.sum())))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: config().cases / 2, ..config() })]
+
+    #[test]
+    fn a_sample_has_the_floor_of_its_rows(recipe in recipes(40, 30, 200), contract in prop::sample::select(contracts()), seed: u64) {
+        let case = recipe.case();
+        let (problem, truth, cotangents) = (case.problem(), Truth::new(&case, contract), case.reference_cotangents());
+        let some = |rows: usize, salt| (0..rows).filter(|i| noise(seed, i + salt) > 0.7).collect();
+        let sample = Sample::new(case.shape, some(case.shape.tokens, 0), some(case.shape.vocab, 999)).unwrap();
+        let rows = reference::backward_rows(&problem, &truth.forward.lse, &cotangents, &sample).unwrap();
+        let logits = LogitFloor::new(&contract, &problem, &truth.forward).unwrap();
+        let floor = contract.floor_of(&logits, &problem, &truth.forward, &cotangents, &rows, Some(&sample)).unwrap();
+        prop_assert_eq!((&floor.loss, &floor.lse, &floor.label_logits), (&truth.floor.loss, &truth.floor.lse, &truth.floor.label_logits));
+        let (whole, exact) = (&truth.floor, &truth.gradients);
+        prop_assert!(compared(sample.tokens(), (&floor.hidden, &rows.hidden), (&whole.hidden, &exact.hidden)) < 1e-6);
+        prop_assert!(compared(sample.ids(), (&floor.unembedding, &rows.unembedding), (&whole.unembedding, &exact.unembedding)) < 1e-6);
+    }
+}
+
+/// What compares the two sees the floor of other rows, of another contract, and of a problem without its other tokens.
+#[test]
+fn other_rows_have_another_floor() {
+    let contract = Contract { dlogits: Precision::Bf16, ..Contract::F32 };
+    let case = case(Shape { tokens: 20, hidden: 9, vocab: 90 }, 5.0, LossOptions::default(), 4);
+    let (problem, truth, cotangents) = (case.problem(), Truth::new(&case, contract), case.reference_cotangents());
+    let floor = |contract: Contract, tokens: &[usize], ids: &[usize]| {
+        let sample = Sample::new(case.shape, tokens.to_vec(), ids.to_vec()).unwrap();
+        let rows = reference::backward_rows(&problem, &truth.forward.lse, &cotangents, &sample).unwrap();
+        let logits = LogitFloor::new(&contract, &problem, &truth.forward).unwrap();
+        let floor = contract.floor_of(&logits, &problem, &truth.forward, &cotangents, &rows, Some(&sample)).unwrap();
+        let (whole, exact) = (&truth.floor, &truth.gradients);
+        let hidden = compared(&[1, 4, 7], (&floor.hidden, &rows.hidden), (&whole.hidden, &exact.hidden));
+        let unembedding =
+            compared(&[0, 4, 80], (&floor.unembedding, &rows.unembedding), (&whole.unembedding, &exact.unembedding));
+        [hidden, unembedding]
+    };
+    assert!(floor(contract, &[1, 4, 7], &[0, 4, 80]).into_iter().all(|off| off < 1e-6));
+    assert!(floor(contract, &[2, 6, 8], &[1, 3, 81]).into_iter().all(|off| off > 1e-3));
+    assert!(floor(Contract::F32, &[1, 4, 7], &[0, 4, 80]).into_iter().all(|off| off > 1e-3));
+}
+
+#[test]
+fn floors_of_shards_and_of_rows_that_do_not_exist_are_refused() {
+    let case = Recipe::plain(3, 2, 8).case();
+    let (problem, truth, cotangents) = (case.problem(), Truth::new(&case, Contract::F32), case.reference_cotangents());
+    let shard = case.try_problem(Some(VocabShard { start: 2, total: 12 })).unwrap();
+    let refused = ProblemError::IsShard { what: "the floor", start: 2, end: 10 };
+    assert_eq!(LogitFloor::new(&Contract::F32, &shard, &truth.forward).unwrap_err(), refused);
+    assert_eq!(Contract::F32.floor(&shard, &truth.forward, &cotangents, &truth.gradients).unwrap_err(), refused);
+    let logits = LogitFloor::new(&Contract::F32, &problem, &truth.forward).unwrap();
+    let rows = |problem, sample: &Sample| {
+        Contract::F32.floor_of(&logits, problem, &truth.forward, &cotangents, &truth.gradients, Some(sample)).map(|_| ())
+    };
+    assert_eq!(rows(&shard, &Sample::all(case.shape)).unwrap_err(), refused);
+    let larger = Sample::all(Shape { vocab: 9, ..case.shape });
+    assert_eq!(rows(&problem, &larger).unwrap_err(), ProblemError::SampleRow { what: "vocab id", found: 8, count: 8 });
+    assert!(logits.is_of(&Contract { dlogits: Precision::Bf16, ..Contract::F32 }), "the logits are the same");
+    assert!(!logits.is_of(&Contract { logits: Precision::Bf16, ..Contract::F32 }));
 }
 
 proptest! {

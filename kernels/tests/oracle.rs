@@ -75,6 +75,19 @@ proptest! {
         }
     }
 
+    /// Where all tokens have the same cotangent and P is next to nothing, all dlogits at labels have the same rounding.
+    #[test]
+    fn equal_cotangents_are_at_the_floor(recipe in recipes(100, 70, 700), g in prop::sample::select(vec![1.0 / 3.0, 1e-3, 0.7])) {
+        let mut case = Recipe { dtypes: [DType::Bf16; 2], spread: 1e-3, cotangents: [1.0, 0.0, 0.0], ..recipe }.case();
+        case.cotangents[0] = Some(vec![g; recipe.shape.tokens]);
+        for kernel in kernels() {
+            for dtype in [DType::Bf16, DType::F32] {
+                let truth = Truth::of(&case, &kernel, [dtype; 2]);
+                assert_honest(&truth.judge(&case, &case.run_at_once(&kernel, [dtype; 2])))?;
+            }
+        }
+    }
+
     /// The comparison that all of this rests on refuses what is wrong.
     #[test]
     fn wrong_gradients_are_refused(seed: u64, narrow: bool, smoothing: bool) {

@@ -2,9 +2,9 @@
 
 mod suite;
 
-use fused_xent_kernels::problem::{Layout, LossOptions, ProblemError, Shape, VocabShard};
+use fused_xent_kernels::problem::{Layout, LossOptions, ProblemError, Sample, Shape, VocabShard};
 use fused_xent_kernels::reference::{self, Cotangents, Gradients, Parts};
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use proptest::prelude::*;
 use suite::*;
 
@@ -160,11 +160,96 @@ fn rich_case(seed: u64) -> Case {
     Recipe { spread: 4.0, options, cotangents: [1.0, 0.2, -0.4], seed, ..Recipe::plain(6, 4, 11) }.case()
 }
 
+/// A few dozen roundings, relative to what is summed up.
+const ROUNDING: f64 = 64.0 * f64::EPSILON;
+
+/// The rows that a sample names.
+fn sampled((d_hidden, d_unembedding): &Pair, sample: &Sample) -> Pair {
+    (d_hidden.select(Axis(0), sample.tokens()), d_unembedding.select(Axis(0), sample.ids()))
+}
+
+fn oracle_rows(case: &Case, sample: &Sample) -> Gradients {
+    let problem = case.problem();
+    let lse = reference::forward(&problem).unwrap().lse;
+    reference::backward_rows(&problem, &lse, &case.reference_cotangents(), sample).unwrap()
+}
+
+/// About one in `every` row.
+fn draw(shape: Shape, seed: u64, every: usize) -> Sample {
+    let some = |rows: usize, salt: usize| (0..rows).filter(|i| noise(seed, i + salt).abs() * 1e6 % every as f64 <= 1.0).collect();
+    Sample::new(shape, some(shape.tokens, 0), some(shape.vocab, 1 << 20)).unwrap()
+}
+
+proptest! {
+    #![proptest_config(config(128))]
+
+    #[test]
+    fn a_sample_is_rows_of_the_whole(recipe in recipes(30, 9, 300), every in 1..12usize, seed: u64) {
+        let case = recipe.case();
+        let sample = draw(case.shape, seed, every);
+        let (whole, rows) = (oracle(&case), oracle_rows(&case, &sample));
+        for part in [Parts::sum, |p: &Parts| p.lse.clone(), |p: &Parts| p.label.clone()] {
+            let expected = sampled(&pair(&whole, part), &sample);
+            prop_assert_eq!((expected.0.dim(), expected.1.dim()), (rows.hidden.lse.dim(), rows.unembedding.lse.dim()));
+            let off = deviation(&case, &pair(&rows, part), &expected);
+            prop_assert!(off <= ROUNDING, "{off}");
+        }
+    }
+
+    /// The same comparison sees rows of other tokens and ids, and a label or padding that the sample forgets.
+    #[test]
+    fn other_rows_are_no_sample_of_the_whole(seed: u64) {
+        let case = rich_case(seed);
+        let (n, v) = (case.shape.tokens, case.shape.vocab);
+        let sample = Sample::new(case.shape, vec![1, 2, n - 1], vec![0, 3, 8, v - 1]).unwrap();
+        let expected = sampled(&pair(&oracle(&case), Parts::sum), &sample);
+        let off = |sample: &Sample, part: fn(&Parts) -> Array2<f64>| {
+            let found = pair(&oracle_rows(&case, sample), part);
+            deviation(&case, &(found.0, expected.1.clone()), &expected).min(deviation(&case, &(expected.0.clone(), found.1), &expected))
+        };
+        prop_assert!(off(&sample, Parts::sum) <= ROUNDING);
+        let others = Sample::new(case.shape, vec![0, 3, 4], vec![1, 4, 7, v - 2]).unwrap();
+        prop_assert!(off(&others, Parts::sum) > 1e-6);
+        prop_assert!(off(&sample, |p| p.lse.clone()) > 1e-6);
+        prop_assert!(off(&sample, |p| p.sum() * 0.0) > 1e-6);
+        let padding = oracle_rows(&case, &sample).unembedding.sum();
+        prop_assert!(padding.row(3).iter().all(|x| *x == 0.0) && padding.row(2).iter().any(|x| *x != 0.0));
+    }
+}
+
+#[test]
+fn a_sample_is_sorted_and_within_the_problem() {
+    let shape = Shape { tokens: 4, hidden: 2, vocab: 9 };
+    let sample = Sample::new(shape, vec![3, 0, 3], vec![8, 8, 1]).unwrap();
+    assert_eq!((sample.tokens(), sample.ids()), (&[0, 3][..], &[1, 8][..]));
+    let refused = |tokens, ids| Sample::new(shape, tokens, ids).unwrap_err().to_string();
+    assert_eq!(refused(vec![4, 1], vec![]), "sampled token 4: there are 4, numbered from 0; leave it out");
+    assert_eq!(refused(vec![], vec![9]), "sampled vocab id 9: there are 9, numbered from 0; leave it out");
+
+    let case = Recipe::plain(3, 2, 8).case();
+    let (problem, cotangents) = (case.problem(), case.reference_cotangents());
+    let of_another = reference::backward_rows(&problem, &[0.0; 3], &cotangents, &sample);
+    assert_eq!(of_another.unwrap_err(), ProblemError::SampleRow { what: "token", found: 3, count: 3 });
+    let none = Sample::new(case.shape, vec![], vec![]).unwrap();
+    assert_eq!(oracle_rows(&case, &none), Gradients::zeros(Shape { tokens: 0, vocab: 0, ..case.shape }));
+    assert_eq!(oracle_rows(&case, &Sample::all(case.shape)), oracle(&case));
+}
+
+#[test]
+fn the_number_of_threads_makes_no_difference() {
+    let recipe = Recipe { options: rich_case(0).options, ..Recipe::plain(70, 300, 1500) };
+    let case = recipe.case();
+    let sample = draw(case.shape, 5, 3);
+    let run = || (reference::forward(&case.problem()).unwrap(), oracle(&case), oracle_rows(&case, &sample));
+    assert_eq!(on_threads(1, run), on_threads(3, run));
+}
+
 proptest! {
     #![proptest_config(config(256))]
 
+    /// Of few vocab ids, and of so many that they are taken in tiles.
     #[test]
-    fn forward_is_the_definition(recipe in recipes(6, 5, 12)) {
+    fn forward_is_the_definition(recipe in prop_oneof![recipes(6, 5, 12), recipes(6, 5, 700)]) {
         let case = recipe.case();
         let forward = reference::forward(&case.problem()).unwrap();
         let (q, k) = widened(&case);
@@ -174,8 +259,9 @@ proptest! {
                 prop_assert_eq!((forward.loss[n], forward.lse[n], forward.label_logits[n]), (0.0, 0.0, 0.0));
                 continue;
             };
-            // A few dozen roundings of numbers no larger than these.
-            let close = |a: f64, b: f64, size: f64| (a - b).abs() <= 64.0 * f64::EPSILON * (1.0 + size);
+            // The definition sums V terms one by one, of which the largest partial sum is about lse.
+            let rounding = ROUNDING + case.shape.vocab as f64 * f64::EPSILON;
+            let close = |a: f64, b: f64, size: f64| (a - b).abs() <= rounding * (1.0 + token.lse.abs() + size);
             prop_assert!(close(forward.lse[n], token.lse, largest_logit));
             prop_assert!(close(forward.label_logits[n], token.label_logit, largest_logit));
             let squared = case.options.z_loss * largest_logit * (largest_logit + 1.0);
@@ -269,7 +355,8 @@ fn without_slope(case: &Case, lse: &[f64]) -> Pair {
         false => 0.0,
     });
     let Gradients { mut hidden, mut unembedding } = Gradients::zeros(case.shape);
-    reference::products(&problem, rows, flat.view(), &mut hidden.lse, &mut unembedding.lse);
+    reference::hidden_product(&problem, rows.clone(), flat.view(), &mut hidden.lse);
+    reference::unembedding_product(&problem, rows, flat.view(), &mut unembedding.lse);
     (hidden.lse, unembedding.lse)
 }
 
@@ -296,6 +383,8 @@ fn shards_are_refused() {
     let refused = ProblemError::IsShard { what: "the oracle", start: 2, end: 10 };
     assert_eq!(reference::forward(&shard).unwrap_err(), refused);
     assert_eq!(reference::backward(&shard, &[0.0; 3], &case.reference_cotangents()).unwrap_err(), refused);
+    let sample = Sample::all(case.shape);
+    assert_eq!(reference::backward_rows(&shard, &[0.0; 3], &case.reference_cotangents(), &sample).unwrap_err(), refused);
     let all = case.try_problem(Some(VocabShard { start: 0, total: 8 })).unwrap();
     assert_eq!(reference::forward(&all), reference::forward(&case.problem()), "a shard that is the whole is no shard");
 }

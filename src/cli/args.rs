@@ -45,6 +45,12 @@ pub struct Judge {
     /// Judge this candidate: recorded, cpu, or cpu:KERNEL; may be repeated [default: recorded where there is any, and cpu]
     #[arg(long = "candidate", value_name = "C")]
     pub candidates: Vec<Candidate>,
+    /// Judge only so many rows of dQ in each microbatch and of dK [default: all; 256 of a step that is too large for it]
+    #[arg(long, value_name = "ROWS", num_args = 0..=1, default_missing_value = "256", value_parser = rows)]
+    pub sample: Option<NonZeroUsize>,
+    /// Judge every row of dQ and dK, however large the step is
+    #[arg(long, conflicts_with = "sample")]
+    pub full: bool,
     /// Work on N threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
@@ -135,6 +141,11 @@ pub struct Synth {
     pub quiet: bool,
 }
 
+fn rows(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse()
+        .map_err(|_| "expected a number of rows, 1 or more; a path stands before --sample, or write --sample=256".to_owned())
+}
+
 fn loss(text: &str) -> Result<LossSettings, String> {
     let value = serde_json::from_str(text).map_err(|e| e.to_string())?;
     LossSettings::from_json(&value, "--loss").map_err(|e| e.to_string())
@@ -147,6 +158,7 @@ fn gradients(text: &str) -> Result<Precision, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::diff::sampling::ROWS;
     use clap::CommandFactory;
 
     #[test]
@@ -163,5 +175,8 @@ mod tests {
         assert!(matches!(cli.command, Some(Command::Verify(_))) && cli.judge.is_none());
         assert!(Cli::try_parse_from(["xent-diff", "dumps", "verify", "x"]).is_err());
         assert!(Cli::try_parse_from(["xent-diff", "--quiet"]).is_err());
+        assert_eq!(judge(&["xent-diff", "dumps", "--sample"]).sample, Some(ROWS));
+        assert_eq!(judge(&["xent-diff", "--sample", "7", "dumps"]).sample.map(NonZeroUsize::get), Some(7));
+        assert_eq!(judge(&["xent-diff", "dumps"]).sample, None);
     }
 }

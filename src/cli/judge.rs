@@ -4,6 +4,7 @@ use super::args::{Cli, Judge};
 use super::exit::Exit;
 use super::output::{Out, Target, complain};
 use super::progress::Bar;
+use crate::diff::sampling::Sampling;
 use crate::diff::{self, Settings};
 use crate::dump::find_dumps;
 use crate::report::model::{Report, Verdict};
@@ -26,7 +27,12 @@ pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
     }
     let dumps = find_dumps(&args.dumps)?;
     let alone = dumps.len() == 1 && dumps[0] == args.dumps;
-    let settings = Settings { candidates: args.candidates.clone(), step: args.step, microbatch: args.microbatch };
+    let sampling = match (args.full, args.sample) {
+        (true, _) => Sampling::Full,
+        (_, Some(rows)) => Sampling::Rows(rows),
+        _ => Sampling::BySize,
+    };
+    let settings = Settings { candidates: args.candidates.clone(), step: args.step, microbatch: args.microbatch, sampling };
     let shown = !targets.contains(&&Target::Stdout);
     let mut reports = Vec::new();
     let mut at_fault = 0;

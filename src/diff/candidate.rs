@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 /// The values of one stage.
 #[derive(Clone, Debug)]
 pub struct Values {
-    /// [N, 1], [N, D] or [V, D].
+    /// [N, 1], [N, D] or [V, D]; of the latter two, the rows that are judged.
     pub values: Array2<f64>,
     /// The precision that they were stored in.
     pub precision: Precision,

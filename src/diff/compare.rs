@@ -5,6 +5,7 @@ use crate::report::model::{Pattern, TensorReport, Verdict, Worst};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// The ratio to the floor up to which a tensor agrees.
@@ -23,9 +24,20 @@ pub struct Context<'a> {
     pub tolerance: &'a Tolerance,
     /// Label of every token, `None` where masked, [N]; of all microbatches one after the other for what accumulates.
     pub labels: &'a [Option<usize>],
+    /// Which rows of the whole tensor are compared; `None` if all.
+    pub rows: Option<&'a [usize]>,
+    /// How many rows the whole tensor has.
+    pub of: usize,
 }
 
-/// Judges `candidate` by `reference`, both [rows, columns].
+impl Context<'_> {
+    /// Where row `place` of those compared is in the whole tensor.
+    fn row(&self, place: usize) -> usize {
+        self.rows.map_or(place, |rows| rows[place])
+    }
+}
+
+/// Judges `candidate` by `reference`, both [rows, columns]: the rows of `context`.
 ///
 /// # Panics
 /// If the shapes differ.
@@ -72,9 +84,19 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
         nonfinite,
         out_of_bound,
         worst,
-        zero_tail: rows.zero_tail(),
+        zero_tail: zero_tail(context, &rows),
+        sampled_from: context.rows.map(|_| context.of),
         pattern,
     }
+}
+
+/// See [`TensorReport::zero_tail`]. Rows that are 0 by right (masked tokens) may stand before the first that is not.
+fn zero_tail(context: &Context, rows: &Rows) -> Option<[usize; 2]> {
+    let zero_from = (0..rows.candidate.len()).rev().take_while(|&row| rows.candidate[row] == 0.0).last()?;
+    let silent_from = (0..rows.candidate.len()).find(|&row| rows.silent(row))?;
+    // Rows between two that are compared may be either.
+    let after = zero_from.checked_sub(1).map_or(0, |last| context.row(last) + 1);
+    (zero_from <= silent_from).then(|| [after, context.row(silent_from)])
 }
 
 /// Squared norms and inner products by row, non-finite elements left out.
@@ -104,13 +126,6 @@ impl Rows {
     /// Whether the candidate has nothing in a row where the reference has something.
     fn silent(&self, row: usize) -> bool {
         self.candidate[row] == 0.0 && self.reference[row] > 0.0
-    }
-
-    /// See [`TensorReport::zero_tail`]. Rows that are 0 by right (masked tokens) may stand before the first that is not.
-    fn zero_tail(&self) -> Option<[usize; 2]> {
-        let zero_from = (0..self.candidate.len()).rev().take_while(|&row| self.candidate[row] == 0.0).last()?;
-        let silent_from = (0..self.candidate.len()).find(|&row| self.silent(row))?;
-        (zero_from <= silent_from).then_some([zero_from, silent_from])
     }
 
     /// ‖candidate − α·reference‖² by row.
@@ -155,8 +170,8 @@ fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2
         }
     }
     let worst = worst.map(|(_, index)| Worst {
-        index,
-        place: place(context, index),
+        index: [context.row(index[0]), index[1]],
+        place: place(context, [context.row(index[0]), index[1]]),
         candidate: candidate[index],
         reference: reference[index],
     });
@@ -218,8 +233,8 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
     let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| rows.silent(row)).collect();
     let share_of = |set: &[usize]| set.iter().map(|&row| rows.deviation[row]).sum::<f64>() / total;
     if share_of(&zero) > 0.5 {
-        let first_bad = rows.zero_tail().map(|[from, _]| from);
-        return Pattern { share: share_of(&zero), rows: shown(&zero), first_bad, ..kind("zero_rows") };
+        let first_bad = zero_tail(context, rows).map(|[from, _]| from);
+        return Pattern { share: share_of(&zero), rows: shown(context, &zero), first_bad, ..kind("zero_rows") };
     }
     let per_row: Array1<f64> =
         rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
@@ -229,17 +244,16 @@ fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, n
         return Pattern { share: 1.0 - row_residual / noise, ..kind("row_scale") };
     }
     if context.stage.rows_are() == RowsAre::VocabIds {
-        let mut label_rows: Vec<usize> = context.labels.iter().flatten().copied().collect();
-        label_rows.sort_unstable();
-        label_rows.dedup();
+        let labels: BTreeSet<usize> = context.labels.iter().flatten().copied().collect();
+        let label_rows: Vec<usize> = (0..rows.deviation.len()).filter(|&row| labels.contains(&context.row(row))).collect();
         let share = share_of(&label_rows);
         if share > 0.9 && label_rows.len() * 2 < rows.deviation.len() {
-            return Pattern { share, rows: shown(&label_rows), ..kind("label_rows") };
+            return Pattern { share, rows: shown(context, &label_rows), ..kind("label_rows") };
         }
     }
     let bad = rows_that_hold(&rows.deviation, NEARLY_ALL);
     if bad.len() * 4 < rows.deviation.len() {
-        return Pattern { share: share_of(&bad), rows: shown(&bad), ..kind("rows") };
+        return Pattern { share: share_of(&bad), rows: shown(context, &bad), ..kind("rows") };
     }
     Pattern { share: 1.0, ..kind("uniform") }
 }
@@ -263,10 +277,10 @@ fn rows_that_hold(deviation: &Array1<f64>, share: f64) -> Vec<usize> {
     order
 }
 
-/// Sorted rows as [start, end) ranges, as many as a report lists.
-fn shown(rows: &[usize]) -> Vec<[usize; 2]> {
+/// Sorted rows as [start, end) ranges of the whole tensor's, as many as a report lists.
+fn shown(context: &Context, rows: &[usize]) -> Vec<[usize; 2]> {
     let mut out: Vec<[usize; 2]> = Vec::new();
-    for &row in rows {
+    for row in rows.iter().map(|&row| context.row(row)) {
         match out.last_mut() {
             Some(last) if last[1] == row => last[1] += 1,
             _ => out.push([row, row + 1]),
@@ -276,11 +290,17 @@ fn shown(rows: &[usize]) -> Vec<[usize; 2]> {
     out
 }
 
-/// A dK stored [D, V] as [V, D]; one stored [V, D] as it is.
-pub fn as_vocab_rows(values: Vec<f64>, shape: [usize; 2], transposed: bool) -> Array2<f64> {
-    let stored = if transposed { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
-    let stored = Array2::from_shape_vec(stored, values).expect("as many values as the shape holds");
-    if transposed { stored.reversed_axes().as_standard_layout().into_owned() } else { stored }
+/// The wanted rows (`None`: all) of a tensor of this shape, whose element `i` in memory is `element(i)`; `transposed` if it lies
+/// [columns, rows] there, as dK may.
+pub fn gathered(
+    element: impl Fn(usize) -> f64,
+    [rows, columns]: [usize; 2],
+    transposed: bool,
+    wanted: Option<&[usize]>,
+) -> Array2<f64> {
+    let row = |place: usize| wanted.map_or(place, |wanted| wanted[place]);
+    let at = |(place, column)| element(if transposed { column * rows + row(place) } else { row(place) * columns + column });
+    Array2::from_shape_fn((wanted.map_or(rows, <[usize]>::len), columns), at)
 }
 
 /// How far ‖candidate‖₂ of an honest computation may lie from ‖reference‖₂: what its error adds along the reference, and across.

@@ -1,21 +1,23 @@
 //! The candidate `cpu`: the fused kernel of this machine, run on the captured inputs.
 
 use super::candidate::{Produced, Values};
-use super::compare::as_vocab_rows;
-use super::truth::{RowsAre, Stage};
+use super::compare::gathered;
+use super::truth::{RowsAre, Stage, Truth};
 use super::{DiffError, View, problem_error};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{DType, Layout, Problem, ProblemError};
-use fused_xent_kernels::{Cotangents, GradientMut, Gradients, Kernel};
+use fused_xent_kernels::{Cotangents, Dlogits, GradientMut, Gradients, Kernel};
 use std::collections::BTreeMap;
 
 pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffError> {
+    // What is judged is the algorithm: nothing is rounded on the way.
+    let kernel = &kernel.clone().with_dlogits(Dlogits::F32);
     view.progress.begin(&format!("step {}: running cpu:{}", view.number, kernel.name()), view.judged.len() as u64);
     let mut microbatches = Vec::new();
     let mut accumulated: Option<Vec<f32>> = None;
     for &m in view.judged {
         let problem = &view.step.microbatches[m].problem;
-        let run = Run { kernel, problem, factor: view.step.own_factor(m) };
+        let run = Run { kernel, problem, truth: view.truth(m), factor: view.step.own_factor(m) };
         let located = |e| problem_error(view.number, m, e);
         microbatches.push(run.stages().map_err(located)?);
         if view.over_step {
@@ -24,12 +26,13 @@ pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffErro
         }
         view.progress.advance(1);
     }
-    let problem = &view.step.microbatches[view.judged[0]].problem;
+    let first = view.judged[0];
+    let (problem, truth) = (&view.step.microbatches[first].problem, view.truth(first));
     Ok(Produced {
         name: "cpu".into(),
-        description: format!("the fused kernel {} of this machine", kernel.name()),
+        description: format!("the fused kernel {} of this machine, in float32", kernel.name()),
         microbatches,
-        accumulated: accumulated.map(|total| values(&total, Stage::AccumulatedDUnembedding, problem)),
+        accumulated: accumulated.map(|total| values(&total, Stage::AccumulatedDUnembedding, problem, truth)),
         contracts: vec![kernel.contract([problem.hidden().dtype(), problem.unembedding().dtype()], [DType::F32; 2])],
         contract_source: "declared",
     })
@@ -38,6 +41,8 @@ pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffErro
 struct Run<'a> {
     kernel: &'a Kernel,
     problem: &'a Problem<'a>,
+    /// It says which rows are compared.
+    truth: &'a Truth,
     /// ∂L/∂ℓ[n] = factor · w[n].
     factor: f64,
 }
@@ -49,7 +54,7 @@ impl Run<'_> {
         let (mut dq, mut dk) = (vec![0.0; problem.hidden().len()], vec![0.0; problem.unembedding().len()]);
         let forward = self.kernel.loss_and_grad(problem, &g, gradients(&mut dq, &mut dk))?;
         let mut stages = BTreeMap::new();
-        let mut add = |stage, data: &[f32]| stages.insert(stage, values(data, stage, problem));
+        let mut add = |stage, data: &[f32]| stages.insert(stage, values(data, stage, problem, self.truth));
         add(Stage::Loss, &forward.loss);
         add(Stage::Lse, &forward.lse);
         add(Stage::LabelLogits, &forward.label_logits);
@@ -94,12 +99,12 @@ fn gradients<'a>(dq: &'a mut [f32], dk: &'a mut [f32]) -> Gradients<'a> {
     Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) }
 }
 
-fn values(data: &[f32], stage: Stage, problem: &Problem) -> Values {
+fn values(data: &[f32], stage: Stage, problem: &Problem, truth: &Truth) -> Values {
     let shape = problem.shape();
     let of_vocab = stage.rows_are() == RowsAre::VocabIds;
     let rows = if of_vocab { shape.vocab } else { shape.tokens };
     let columns = if matches!(stage, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
-    let data = data.iter().map(|&x| f64::from(x)).collect();
     let transposed = of_vocab && problem.layout() == Layout::Dv;
-    Values { values: as_vocab_rows(data, [rows, columns], transposed), precision: Precision::F32 }
+    let values = gathered(|i| f64::from(data[i]), [rows, columns], transposed, truth.rows(stage));
+    Values { values, precision: Precision::F32 }
 }

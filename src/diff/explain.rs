@@ -203,6 +203,26 @@ impl Case<'_> {
         findings
     }
 
+    /// What can be said of a divergence that was seen in some rows of the gradients, and not replayed.
+    pub fn unexplained(&self) -> Vec<Finding> {
+        if self.nonfinite() {
+            return vec![self.nonfinite_finding()];
+        }
+        vec![Finding {
+            rank: 1,
+            cause: "unknown".into(),
+            title: "a sample was judged, and in a sample no cause is sought".into(),
+            explained: 0.0,
+            remaining_ratio: self.tensors().map(|(_, t)| t.ratio).fold(0.0, f64::max),
+            confidence: Confidence::Possible,
+            parameters: Map::new(),
+            evidence: format!("the deviation lies in {}", self.diverging().join(", ")),
+            remedy: "judge it with --full, or one microbatch of it with --full --microbatch N: every fault of the catalogue is then tried".into(),
+            runner_up: None,
+            indistinguishable_from: vec![],
+        }]
+    }
+
     fn composed(&self, faults: &[Fault]) -> Counterfactual {
         let mut computation = Counterfactual::default();
         faults.iter().for_each(|fault| fault.apply(&mut computation, self.step));
@@ -320,9 +340,9 @@ impl Case<'_> {
         }
     }
 
-    fn unknown(&self, base: &Fit, current: &Fit, rank: usize, nearest: Option<RunnerUp>) -> Finding {
-        let diverging: Vec<String> = self
-            .tensors()
+    /// Every tensor that diverges, in words.
+    fn diverging(&self) -> Vec<String> {
+        self.tensors()
             .filter(|(_, t)| t.verdict == Verdict::Diverge)
             .map(|(m, t)| {
                 let pattern = t.pattern.as_ref().map_or("uniform", |p| &p.kind);
@@ -333,7 +353,10 @@ impl Case<'_> {
                     t.ratio
                 )
             })
-            .collect();
+            .collect()
+    }
+
+    fn unknown(&self, base: &Fit, current: &Fit, rank: usize, nearest: Option<RunnerUp>) -> Finding {
         Finding {
             rank,
             cause: "unknown".into(),
@@ -345,7 +368,7 @@ impl Case<'_> {
             evidence: format!(
                 "{:.1} % of the squared deviation is left by the best explanation; it lies in {}",
                 100.0 * current.left() / base.left(),
-                diverging.join(", ")
+                self.diverging().join(", ")
             ),
             remedy: "record the inner stages (lse, label logits, the parts of dQ and dK) to see where it enters".into(),
             runner_up: nearest,

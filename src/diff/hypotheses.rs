@@ -22,7 +22,7 @@ pub struct Observed<'a> {
 }
 
 /// Sizes that kernels tile by.
-const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+pub(super) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// Numbers of shards of a mesh axis.
 const SHARDS: [usize; 5] = [2, 4, 8, 16, 32];
 /// Vocab tiles of which each is tested for being absent from lse.

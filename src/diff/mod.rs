@@ -14,6 +14,7 @@ pub mod explain;
 pub mod fault;
 pub mod hypotheses;
 mod recorded;
+pub mod sampling;
 pub mod synth;
 pub mod truth;
 
@@ -22,18 +23,19 @@ pub use error::DiffError;
 use crate::dump::{self, Dump, LoadedMicrobatch, MicrobatchGradients, Run};
 use crate::report::model::{
     AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
-    TensorReport, Verdict,
+    SampleReport, TensorReport, Verdict,
 };
 use candidate::Produced;
 use compare::{Context, compare};
 use counterfactual::{Microbatch, Step};
 use fused_xent_kernels::Kernel;
-use fused_xent_kernels::contract::Contract;
-use fused_xent_kernels::floor::Floor;
-use fused_xent_kernels::problem::Label;
+use fused_xent_kernels::contract::{Contract, Precision};
+use fused_xent_kernels::floor::{Floor, Tolerance};
+use fused_xent_kernels::problem::{Label, Sample};
+use sampling::Sampling;
 use std::path::Path;
 use std::str::FromStr;
-use truth::{Accumulated, Stage, Truth, stage_error};
+use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
 
 /// What to judge.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +46,8 @@ pub struct Settings {
     pub step: Option<u64>,
     /// Only this microbatch; what accumulates over the step is then left out.
     pub microbatch: Option<usize>,
+    /// How many rows of dQ and dK.
+    pub sampling: Sampling,
 }
 
 /// Who computed the gradients that are judged.
@@ -169,10 +173,18 @@ fn judge_step(
     if judged.is_empty() {
         return Ok(vec![]);
     }
+    let mut samples: Vec<Option<Sample>> = vec![None; judged.len()];
+    if let Some((rows, why)) = settings.sampling.rows(&step, &judged) {
+        let why = why.map(|why| {
+            format!("run {}, step {}: {why}; {rows} rows of dQ and dK are judged (--full: all)", run.run_id, dumped.step)
+        });
+        warnings.extend(why);
+        samples = sampling::choose(rows, &step, &judged, dumped.step).into_iter().map(Some).collect();
+    }
     progress.begin(&format!("step {}: replaying the reference", dumped.step), judged.len() as u64);
     let mut truths: Vec<Option<Truth>> = (0..loaded.len()).map(|_| None).collect();
-    for &m in &judged {
-        truths[m] = Some(Truth::new(&step, m).map_err(|source| problem_error(dumped.step, m, source))?);
+    for (&m, sample) in judged.iter().zip(samples) {
+        truths[m] = Some(Truth::new(&step, m, sample).map_err(|source| problem_error(dumped.step, m, source))?);
         progress.advance(1);
     }
     let over_step = whole && judged.len() == loaded.len();
@@ -252,7 +264,7 @@ impl View<'_> {
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
-        report.findings = case.explain(self.progress);
+        report.findings = if report.sample.is_some() { case.unexplained() } else { case.explain(self.progress) };
         Ok(report)
     }
 
@@ -274,7 +286,7 @@ impl View<'_> {
                 .map(|(&stage, values)| {
                     let reference = outcome.stage(stage);
                     let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
-                    let context = Context { stage, precision: values.precision, tolerance: &tolerance, labels: &labels };
+                    let context = self.context(m, stage, values.precision, &tolerance, &labels);
                     compare(&context, values.values.view(), reference.view())
                 })
                 .collect();
@@ -292,10 +304,10 @@ impl View<'_> {
         let accumulated = produced.accumulated.as_ref().zip(total).map(|(values, total)| {
             let tolerance = total.tolerance(values.precision);
             let stage = Stage::AccumulatedDUnembedding;
-            let context = Context { stage, precision: values.precision, tolerance: &tolerance, labels: &all_labels };
+            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels);
             let tensor = compare(&context, values.values.view(), total.value.view());
-            let grad_norm = grad_norm(values, &total, &tolerance);
-            AccumulatedReport { tensors: vec![tensor], grad_norm: Some(grad_norm) }
+            let grad_norm = context.rows.is_none().then(|| grad_norm(values, &total, &tolerance));
+            AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
         let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
         let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
@@ -312,11 +324,31 @@ impl View<'_> {
                 d_hidden: contract.d_hidden.name(),
                 d_unembedding: contract.d_unembedding.name(),
             },
+            sample: self.sample(),
             microbatches,
             accumulated,
             first_divergence,
             findings: vec![],
         })
+    }
+
+    fn context<'a>(
+        &'a self,
+        m: usize,
+        stage: Stage,
+        precision: Precision,
+        tolerance: &'a Tolerance,
+        labels: &'a [Option<usize>],
+    ) -> Context<'a> {
+        let shape = self.step.microbatches[m].problem.shape();
+        let of = if stage.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
+        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of }
+    }
+
+    fn sample(&self) -> Option<SampleReport> {
+        let samples = || self.judged.iter().filter_map(|&m| self.truth(m).sample.as_ref());
+        let most = |rows: fn(&Sample) -> &[usize]| samples().map(|sample| rows(sample).len()).max();
+        Some(SampleReport { token_rows: most(Sample::tokens)?, vocab_rows: most(Sample::ids)? })
     }
 }
 
@@ -329,7 +361,7 @@ fn reports(report: &CandidateReport, stage: Stage) -> Option<impl Iterator<Item 
     tensors().next().map(|_| tensors())
 }
 
-fn grad_norm(values: &candidate::Values, total: &Accumulated, tolerance: &fused_xent_kernels::floor::Tolerance) -> GradNorm {
+fn grad_norm(values: &candidate::Values, total: &Accumulated, tolerance: &Tolerance) -> GradNorm {
     let (candidate, reference) = (compare::norm(values.values.view()), compare::norm(total.value.view()));
     let tolerance = compare::norm_tolerance(tolerance, total.value.view());
     let agrees = (candidate - reference).abs() <= tolerance;

@@ -1,7 +1,7 @@
 //! The candidate `recorded`: what the training run itself computed.
 
 use super::candidate::{Produced, Values};
-use super::compare::as_vocab_rows;
+use super::compare::gathered;
 use super::truth::{RowsAre, Stage};
 use super::{DiffError, View};
 use crate::dump::{ElementType, Folder, Recorded, Step};
@@ -12,56 +12,68 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What the run recorded, and for each process whose copies of it differ, what that process has; nothing if nothing is recorded.
 pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffError> {
-    let shape = view.step.microbatches[view.judged[0]].problem.shape();
-    let mut tensors = Vec::new();
+    let mut found = Vec::new();
     for (place, &m) in view.judged.iter().enumerate() {
-        let microbatch = &view.step.microbatches[m];
-        let folder = dumped.folder(microbatch.index)?;
+        let folder = dumped.folder(view.step.microbatches[m].index)?;
         for stage in Stage::OF_A_MICROBATCH {
             if let Some(recorded) = folder.load(stage.name())? {
-                tensors.push((Some(place), stage, microbatch.problem.shape(), recorded));
+                read(&mut found, Some(place), stage, &recorded, view);
             }
         }
     }
     if view.over_step
         && let Some(recorded) = dumped.shared.load("d_unembedding")?
     {
-        tensors.push((None, Stage::AccumulatedDUnembedding, shape, recorded));
+        read(&mut found, None, Stage::AccumulatedDUnembedding, &recorded, view);
     }
-    if tensors.is_empty() {
+    if found.is_empty() {
         return Ok(vec![]);
     }
     let folders = view.judged.iter().filter_map(|&m| dumped.microbatches.get(&view.step.microbatches[m].index));
     let declared = folders.chain([&dumped.shared]).find_map(Folder::contract);
-    let processes: BTreeSet<usize> = tensors.iter().flat_map(|(_, _, _, r)| r.copies.iter().map(|c| c.process)).collect();
     let input = Precision::from(view.step.microbatches[view.judged[0]].problem.hidden().dtype());
-    Ok(std::iter::once(None)
-        .chain(processes.into_iter().map(Some))
-        .map(|process| {
-            let mut produced = Produced {
-                name: process.map_or("recorded".into(), |p| format!("recorded:process-{p}")),
-                description: process.map_or("the gradients that the training run recorded".into(), |p| {
-                    format!("process {p}'s copies of the recorded gradients, which differ from the first")
-                }),
-                microbatches: vec![BTreeMap::new(); view.judged.len()],
-                accumulated: None,
-                contracts: vec![],
-                contract_source: if declared.is_some() { "declared" } else { "assumed" },
-            };
-            for (place, stage, shape, recorded) in &tensors {
-                if process.is_some() && recorded.copies.iter().all(|c| Some(c.process) != process) {
-                    continue;
-                }
-                let values = values(recorded, process, *stage, *shape);
-                match place {
-                    Some(place) => drop(produced.microbatches[*place].insert(*stage, values)),
-                    None => produced.accumulated = Some(values),
-                }
-            }
-            produced.contracts = contracts(&produced, declared, input);
-            produced
-        })
-        .collect())
+    let mut of_processes: BTreeMap<Option<usize>, Produced> = BTreeMap::new();
+    for Found { process, place, stage, values } in found {
+        let produced = of_processes.entry(process).or_insert_with(|| Produced {
+            name: process.map_or("recorded".into(), |p| format!("recorded:process-{p}")),
+            description: process.map_or("the gradients that the training run recorded".into(), |p| {
+                format!("process {p}'s copies of the recorded gradients, which differ from the first")
+            }),
+            microbatches: vec![BTreeMap::new(); view.judged.len()],
+            accumulated: None,
+            contracts: vec![],
+            contract_source: if declared.is_some() { "declared" } else { "assumed" },
+        });
+        match place {
+            Some(place) => drop(produced.microbatches[place].insert(stage, values)),
+            None => produced.accumulated = Some(values),
+        }
+    }
+    let with_contracts = |mut produced: Produced| {
+        produced.contracts = contracts(&produced, declared, input);
+        produced
+    };
+    Ok(of_processes.into_values().map(with_contracts).collect())
+}
+
+/// What was recorded of a stage.
+struct Found {
+    /// Whose copy it is, if one that differs from the first.
+    process: Option<usize>,
+    /// Place among the judged microbatches; `None` for the step.
+    place: Option<usize>,
+    stage: Stage,
+    values: Values,
+}
+
+/// Reads the rows that are judged, and those of every process whose copies differ.
+fn read(found: &mut Vec<Found>, place: Option<usize>, stage: Stage, recorded: &Recorded, view: &View) {
+    let m = view.judged[place.unwrap_or(0)];
+    let (shape, rows) = (view.step.microbatches[m].problem.shape(), view.truth(m).rows(stage));
+    let processes: BTreeSet<usize> = recorded.copies.iter().map(|copy| copy.process).collect();
+    for process in std::iter::once(None).chain(processes.into_iter().map(Some)) {
+        found.push(Found { process, place, stage, values: values(recorded, process, stage, shape, rows) });
+    }
 }
 
 /// The contracts that the run may have kept: as declared, else every honest one.
@@ -100,21 +112,25 @@ fn honest(outputs: Contract, input: Precision) -> Vec<Contract> {
     out
 }
 
-/// A recorded tensor, with `process`'s copies of its regions where they differ.
-fn values(recorded: &Recorded, process: Option<usize>, stage: Stage, shape: Shape) -> Values {
+/// The wanted rows (`None`: all) of a recorded tensor, with `process`'s copies of its regions where they differ.
+fn values(recorded: &Recorded, process: Option<usize>, stage: Stage, shape: Shape, rows: Option<&[usize]>) -> Values {
     let tensor = &recorded.tensor;
     let of_vocab = stage.rows_are() == RowsAre::VocabIds;
-    let rows = if of_vocab { shape.vocab } else { shape.tokens };
     let columns = if matches!(stage, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
+    let stored = [if of_vocab { shape.vocab } else { shape.tokens }, columns];
     let precision = match tensor.dtype() {
         ElementType::Bf16 => Precision::Bf16,
         ElementType::F16 => Precision::F16,
         ElementType::F64 => Precision::F64,
         _ => Precision::F32,
     };
+    let transposed = of_vocab && tensor.layout() == Layout::Dv;
+    if let (None, Some(floats)) = (process, tensor.floats()) {
+        return Values { values: gathered(|i| f64::from(floats.get(i)), stored, transposed, rows), precision };
+    }
     let mut elements = tensor.to_f64();
     for copy in recorded.copies.iter().filter(|c| Some(c.process) == process) {
         copy.region.scatter(tensor.shape(), &copy.data.to_f64(), &mut elements);
     }
-    Values { values: as_vocab_rows(elements, [rows, columns], of_vocab && tensor.layout() == Layout::Dv), precision }
+    Values { values: gathered(|i| elements[i], stored, transposed, rows), precision }
 }

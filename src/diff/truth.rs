@@ -2,8 +2,8 @@
 
 use super::counterfactual::{Counterfactual, Outcome, Step};
 use fused_xent_kernels::contract::{Contract, Precision};
-use fused_xent_kernels::floor::{Error, Floor, Tolerance};
-use fused_xent_kernels::problem::ProblemError;
+use fused_xent_kernels::floor::{Error, Floor, LogitFloor, Tolerance};
+use fused_xent_kernels::problem::{ProblemError, Sample};
 use fused_xent_kernels::reference::{self, Cotangents};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
@@ -74,24 +74,31 @@ impl Stage {
     }
 }
 
-/// The exact values of one microbatch's stages.
+/// The exact values of one microbatch's stages, the gradients' in all rows or in those of a sample.
 pub struct Truth {
     /// From the oracle.
     pub outcome: Outcome,
+    /// The rows of the gradients; `None` if all.
+    pub sample: Option<Sample>,
     cotangents: Cotangents,
+    logits: LogitFloor,
 }
 
 impl Truth {
     /// The oracle on microbatch `m`, with the cotangents that its recorded gradients carry.
     ///
     /// # Errors
-    /// If the unembedding is a shard.
-    pub fn new(step: &Step, m: usize) -> Result<Self, ProblemError> {
+    /// If the unembedding is a shard, or a row of the sample does not exist.
+    pub fn new(step: &Step, m: usize, sample: Option<Sample>) -> Result<Self, ProblemError> {
         let problem = &step.microbatches[m].problem;
         let cotangents = Cotangents::weighted(problem, step.own_factor(m));
         let forward = reference::forward(problem)?;
-        let gradients = reference::backward(problem, &forward.lse, &cotangents)?;
-        Ok(Self { outcome: Outcome { forward, gradients }, cotangents })
+        let gradients = match &sample {
+            None => reference::backward(problem, &forward.lse, &cotangents)?,
+            Some(sample) => reference::backward_rows(problem, &forward.lse, &cotangents, sample)?,
+        };
+        let logits = LogitFloor::new(&Contract::F32, problem, &forward)?;
+        Ok(Self { outcome: Outcome { forward, gradients }, sample, cotangents, logits })
     }
 
     /// The errors that `contract` allows on this microbatch.
@@ -99,7 +106,21 @@ impl Truth {
     /// # Errors
     /// If the unembedding is a shard.
     pub fn floor(&self, step: &Step, m: usize, contract: &Contract) -> Result<Floor, ProblemError> {
-        contract.floor(&step.microbatches[m].problem, &self.outcome.forward, &self.cotangents, &self.outcome.gradients)
+        let problem = &step.microbatches[m].problem;
+        let Outcome { forward, gradients } = &self.outcome;
+        let others = if self.logits.is_of(contract) { None } else { Some(LogitFloor::new(contract, problem, forward)?) };
+        let logits = others.as_ref().unwrap_or(&self.logits);
+        contract.floor_of(logits, problem, forward, &self.cotangents, gradients, self.sample.as_ref())
+    }
+
+    /// The rows of a stage that are there; `None` if all.
+    pub fn rows(&self, stage: Stage) -> Option<&[usize]> {
+        let sample = self.sample.as_ref()?;
+        match stage {
+            Stage::Loss | Stage::Lse | Stage::LabelLogits => None,
+            _ if stage.rows_are() == RowsAre::VocabIds => Some(sample.ids()),
+            _ => Some(sample.tokens()),
+        }
     }
 }
 

@@ -59,6 +59,9 @@ pub struct CandidateReport {
     pub verdict: Verdict,
     /// The contract against whose floor it is judged.
     pub contract: ContractReport,
+    /// How many rows of the gradients were compared, if not all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<SampleReport>,
     /// Per microbatch.
     pub microbatches: Vec<MicrobatchReport>,
     /// Over the step, where the candidate has it.
@@ -67,6 +70,15 @@ pub struct CandidateReport {
     pub first_divergence: Option<Divergence>,
     /// What explains the divergence, best first.
     pub findings: Vec<Finding>,
+}
+
+/// How much of the gradients a sample holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SampleReport {
+    /// Rows of dQ, in the microbatch with the most.
+    pub token_rows: usize,
+    /// Rows of dK.
+    pub vocab_rows: usize,
 }
 
 /// A numeric contract and where it comes from.
@@ -124,8 +136,11 @@ pub struct GradNorm {
 pub struct TensorReport {
     /// The tensor's name in the dump format, which is the stage's.
     pub name: String,
-    /// Rows and columns as compared: [N, 1], [N, D] or [V, D] (whatever the layout).
+    /// Rows and columns as compared: [N, 1], [N, D] or [V, D] (whatever the layout), or fewer rows in a sample.
     pub shape: [usize; 2],
+    /// Rows of the whole tensor, if only a sample of them was compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampled_from: Option<usize>,
     /// Agree or diverge.
     pub verdict: Verdict,
     /// Why it diverges, in words; `None` if it agrees.

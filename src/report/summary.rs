@@ -150,7 +150,8 @@ pub fn headline(report: &Report) -> String {
         return match closest(report) {
             Some((tensors, closest)) => {
                 let names = agree(&names(Verdict::Agree, &[]));
-                format!("{names} over {}; closest to its limit is {closest}.", count(tensors, "tensor"))
+                let sampled = if report.candidates.iter().any(|c| c.sample.is_some()) { ", gradients sampled" } else { "" };
+                format!("{names} over {}{sampled}; closest to its limit is {closest}.", count(tensors, "tensor"))
             }
             None => "nothing was compared: there is no microbatch that is whole.".to_owned(),
         };
@@ -195,6 +196,9 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
         Some((stage, cell)) => {
             if let Some(microbatch) = cell.microbatch {
                 place += &format!(", microbatch {microbatch}");
+            }
+            if let Some(of) = cell.tensor.sampled_from {
+                place += &format!(", in {} of {of} rows", cell.tensor.shape[0]);
             }
             format!("{} diverges at {stage} ({place}): {}", candidate.candidate, distance(cell.tensor))
         }
@@ -286,7 +290,8 @@ pub(super) fn command(report: &Report, candidate: &CandidateReport) -> String {
     let path = &report.dump.path;
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
     let quoted = if path.chars().all(plain) { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
-    format!("xent-diff {quoted} --step {} --candidate {}", candidate.step, candidate.candidate)
+    let sample = candidate.sample.map_or(String::new(), |s| format!(" --sample {}", s.token_rows.max(s.vocab_rows)));
+    format!("xent-diff {quoted} --step {} --candidate {}{sample}", candidate.step, candidate.candidate)
 }
 
 /// How many of several dumps diverge.
@@ -347,7 +352,15 @@ pub(super) fn tokens(candidate: &CandidateReport) -> String {
     }
     let microbatches = candidate.microbatches.len();
     let over = if microbatches == 1 { String::new() } else { format!(" in {microbatches} microbatches") };
-    format!("{}{over}, {} masked", count(all, "token"), all - valid)
+    let sample = candidate.sample.as_ref().map(|sample| {
+        let each = if microbatches == 1 { "" } else { " of each" };
+        format!(
+            "; of the gradients, a sample was judged: {}{each} in dQ, {} in dK",
+            count(sample.token_rows, "row"),
+            count(sample.vocab_rows, "row")
+        )
+    });
+    format!("{}{over}, {} masked{}", count(all, "token"), all - valid, sample.unwrap_or_default())
 }
 
 /// The label and text of each thing that is known of a finding, beside its cause and title.

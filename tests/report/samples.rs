@@ -12,6 +12,7 @@ pub fn tensor(name: &str, rel_l2: f64, floor: f64) -> TensorReport {
     TensorReport {
         name: name.to_owned(),
         shape: SHAPE,
+        sampled_from: None,
         verdict: if diverges { Verdict::Diverge } else { Verdict::Agree },
         reason: diverges.then(|| "the error is above what honest rounding makes".to_owned()),
         reference_norm: 0.1,
@@ -65,6 +66,7 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
             d_hidden: "bf16",
             d_unembedding: "bf16",
         },
+        sample: None,
         microbatches,
         accumulated: None,
         first_divergence: None,

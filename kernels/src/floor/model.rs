@@ -1,0 +1,607 @@
+//! From a contract and the exact values to the errors: emulated roundings, modelled arithmetic.
+
+use super::{CERTAIN, Error, Floor, GradientError, ROUNDING, SMALLEST_NORMAL};
+use crate::contract::{Contract, LabelTerm, Precision};
+use crate::problem::{Label, LossOptions, Problem, ProblemError, Sample, Shape};
+use crate::reference::{self, Cotangents, Forward, Gradients, Parts, RowCotangent, chain};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Relative error of an exp, in u: what careful float32 implementations keep to.
+const EXP_ULPS: f64 = 4.0;
+/// Bias of an exp over values like these, in u.
+const EXP_BIAS: f64 = 2.0;
+/// |z/cap| from which a capped logit is flat for every purpose here.
+const SATURATED: f64 = 1.0 - 1e-12;
+
+/// Arithmetic: the unit roundoff of all sums, and that of the logits' own rounding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Arithmetic {
+    u: f64,
+    logits: Precision,
+}
+
+impl Arithmetic {
+    fn of(contract: &Contract) -> Self {
+        Self { u: contract.accumulate.unit_roundoff(), logits: contract.logits }
+    }
+
+    /// Variance of one rounding of 1.
+    fn unit(&self) -> f64 {
+        ROUNDING * self.u * self.u
+    }
+
+    /// Turns Σ_d (scale·q·k)² into the variance of z: the sum over D, the roundings of scale, cap and z − max, and the
+    /// contract's own.
+    fn logit_variance(&self, problem: &Problem, z: ArrayView2<f64>, squares: &mut Array2<f64>) {
+        let d = problem.shape().hidden as f64;
+        let (cap, unit) = (problem.options().logit_softcap, self.unit());
+        let declared = ROUNDING * self.logits.unit_roundoff().powi(2);
+        Zip::from(squares).and(z).par_for_each(|t, &z| {
+            let (x, slope) = match cap {
+                Some(cap) => (cap * (z / cap).clamp(-SATURATED, SATURATED).atanh(), 1.0 - (z / cap).powi(2)),
+                None => (z, 1.0),
+            };
+            *t = unit * (slope * slope * (d * (x * x / 3.0 + *t / 6.0) + *t + 2.0 * x * x) + 4.0 * z * z) + declared * z * z;
+        });
+    }
+
+    /// What summing V exponentials adds to the variance of lse, in units of [`Self::unit`].
+    fn sum_of_exp(problem: &Problem) -> f64 {
+        problem.valid_total() as f64 / 3.0 + EXP_ULPS * EXP_ULPS
+    }
+
+    /// Variance of z_v − lse, the relative error of P_v in the backward.
+    fn p_variance(&self, problem: &Problem, spread: &Spread, lse: f64, variance: f64, p: f64) -> f64 {
+        let others = (spread.total - p * p * variance).max(0.0);
+        (1.0 - p).powi(2) * variance + others + self.unit() * (lse * lse + Self::sum_of_exp(problem) + EXP_ULPS * EXP_ULPS)
+    }
+}
+
+/// What the errors of one token's valid logits add up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Spread {
+    /// Σ P²·Var(z) and the largest term of that sum.
+    total: f64,
+    largest: f64,
+    /// Largest |z|.
+    max: f64,
+    /// Σ z, Σ z², Σ Var(z).
+    sum: f64,
+    squares: f64,
+    variance: f64,
+    /// Var(z_t).
+    label: f64,
+}
+
+impl Spread {
+    /// Of the logits `z` of `ids`.
+    fn new(label: Label, ids: Range<usize>, lse: f64, z: ArrayView1<f64>, variance: ArrayView1<f64>) -> Self {
+        let mut out = Self { sum: z.sum(), squares: z.dot(&z), variance: variance.sum(), ..Self::default() };
+        for (z, variance) in z.iter().zip(variance) {
+            let term = (2.0 * (z - lse)).exp() * variance;
+            out.total += term;
+            out.largest = out.largest.max(term);
+            out.max = out.max.max(z.abs());
+        }
+        if let Label::Column(label) = label
+            && ids.contains(&(label as usize))
+        {
+            out.label = variance[label as usize - ids.start];
+        }
+        out
+    }
+
+    /// Takes in that of other columns.
+    fn add(&mut self, other: &Self) {
+        self.total += other.total;
+        self.largest = self.largest.max(other.largest);
+        self.max = self.max.max(other.max);
+        self.sum += other.sum;
+        self.squares += other.squares;
+        self.variance += other.variance;
+        self.label += other.label;
+    }
+}
+
+/// The errors of the logits and of all that one token's logits come to, under contracts that share their arithmetic.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogitFloor {
+    arithmetic: Arithmetic,
+    loss: Error,
+    lse: Error,
+    label_logits: Error,
+    spreads: Vec<Spread>,
+}
+
+impl LogitFloor {
+    /// For `contract` on `problem`; `forward` is the oracle's.
+    ///
+    /// # Errors
+    /// If the unembedding is a shard.
+    pub fn new(contract: &Contract, problem: &Problem, forward: &Forward) -> Result<Self, ProblemError> {
+        problem.require_whole("the floor")?;
+        let per_token = Error::new(problem.shape().tokens, vec![1.0]);
+        let mut out = Self {
+            arithmetic: Arithmetic::of(contract),
+            loss: per_token.clone(),
+            lse: per_token.clone(),
+            label_logits: per_token,
+            spreads: vec![Spread::default(); problem.shape().tokens],
+        };
+        for rows in reference::token_spans(problem) {
+            let q = reference::hidden_rows(problem, rows.clone());
+            let q_squared = q.mapv(|q| q * q);
+            let of_tile = |ids: Range<usize>| -> Vec<Spread> {
+                let z = reference::logit_tile(problem, &q, ids.clone());
+                let mut variance = reference::squared_product_tile(problem, &q_squared, ids.clone());
+                out.arithmetic.logit_variance(problem, z.view(), &mut variance);
+                let spread = |(n, (z, variance)): (usize, (ArrayView1<f64>, ArrayView1<f64>))| {
+                    Spread::new(problem.labels()[n], ids.clone(), forward.lse[n], z, variance)
+                };
+                rows.clone().zip(z.outer_iter().zip(variance.outer_iter())).map(spread).collect()
+            };
+            let mut spreads = vec![Spread::default(); rows.len()];
+            reference::fold_tiles(problem, of_tile, |tile| spreads.iter_mut().zip(tile).for_each(|(sum, tile)| sum.add(&tile)));
+            for (n, spread) in rows.zip(spreads).filter(|(n, _)| problem.labels()[*n] != Label::Masked) {
+                out.token(problem, forward, n, spread);
+            }
+        }
+        Ok(out)
+    }
+
+    /// Whether the logits of `contract` have these errors.
+    pub fn is_of(&self, contract: &Contract) -> bool {
+        self.arithmetic == Arithmetic::of(contract)
+    }
+
+    fn token(&mut self, problem: &Problem, forward: &Forward, n: usize, mut spread: Spread) {
+        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+        let (lse, z_t, loss) = (forward.lse[n], forward.label_logits[n], forward.loss[n]);
+        if self.arithmetic.logits.is_16_bit() {
+            // The largest of many rounded logits is biased upwards, by up to one rounding.
+            spread.total += ROUNDING * (self.arithmetic.logits.unit_roundoff() * spread.max).powi(2);
+        }
+        let unit = self.arithmetic.unit();
+        let v = problem.valid_columns() as f64;
+        let sum_of_exp = Arithmetic::sum_of_exp(problem);
+        let lse_variance = spread.total + unit * (lse * lse + spread.max * spread.max + sum_of_exp);
+        let mut variance = self.arithmetic.p_variance(problem, &spread, lse, spread.label, (z_t - lse).exp());
+        variance += unit * (z_t * z_t + spread.max * spread.max + loss * loss);
+        variance += (2.0 * z_loss * lse).powi(2) * lse_variance + unit * (z_loss * lse * lse).powi(2);
+        if label_smoothing > 0.0 {
+            let mean = spread.sum / v;
+            let sums = v * mean * mean / 3.0 + spread.squares / (6.0 * v) + mean * mean;
+            variance += label_smoothing.powi(2) * (spread.variance / (v * v) + unit * sums + spread.label);
+        }
+        let errors = [(&mut self.loss, variance), (&mut self.lse, lse_variance), (&mut self.label_logits, spread.label)];
+        for (error, variance) in errors {
+            error.squared[n] = variance;
+            error.bound_rows[n] = CERTAIN * variance.sqrt();
+        }
+        self.spreads[n] = spread;
+    }
+}
+
+impl Contract {
+    /// The error that an honest computation under this contract makes on `problem`, before the final roundings.
+    ///
+    /// `forward` and `gradients` are the oracle's, for the same `cotangents`.
+    ///
+    /// # Errors
+    /// If the unembedding is a shard.
+    pub fn floor(
+        &self,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+    ) -> Result<Floor, ProblemError> {
+        self.floor_of(&LogitFloor::new(self, problem, forward)?, problem, forward, cotangents, gradients, None)
+    }
+
+    /// The same where the errors of the logits are at hand, for all rows of the gradients or those of a sample: `gradients`
+    /// are then those of [`reference::backward_rows`] for it. The per-token results have their errors for all tokens.
+    ///
+    /// # Errors
+    /// If the unembedding is a shard, or a row does not exist.
+    ///
+    /// # Panics
+    /// If `logits` are those of another problem, or [of another contract](LogitFloor::is_of).
+    pub fn floor_of(
+        &self,
+        logits: &LogitFloor,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+        sample: Option<&Sample>,
+    ) -> Result<Floor, ProblemError> {
+        problem.require_whole("the floor")?;
+        assert!(logits.is_of(self), "the errors of logits under this contract");
+        let [hidden, unembedding] = match sample {
+            None => self.all_rows(logits, problem, forward, cotangents, gradients),
+            Some(sample) => {
+                sample.require_within(problem.shape())?;
+                self.some_rows(logits, problem, forward, cotangents, gradients, sample)
+            }
+        };
+        let LogitFloor { loss, lse, label_logits, .. } = logits.clone();
+        Ok(Floor { loss, lse, label_logits, hidden, unembedding })
+    }
+
+    fn all_rows(
+        &self,
+        logits: &LogitFloor,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+    ) -> [GradientError; 2] {
+        let pass = Pass::new(*self, problem, &forward.lse, &logits.spreads, cotangents);
+        let [mut hidden, mut unembedding] = [problem.shape().tokens, problem.shape().vocab].map(|rows| pass.side(rows));
+        pass.run(&mut hidden, &mut unembedding);
+        [pass.hidden(hidden, &gradients.hidden), pass.unembedding(unembedding, &gradients.unembedding)]
+    }
+
+    fn some_rows(
+        &self,
+        logits: &LogitFloor,
+        problem: &Problem,
+        forward: &Forward,
+        cotangents: &Cotangents,
+        gradients: &Gradients,
+        sample: &Sample,
+    ) -> [GradientError; 2] {
+        let (tokens, ids) = (sample.tokens(), sample.ids());
+        let hidden = problem.with_tokens(tokens, |problem| {
+            let lse: Vec<f64> = tokens.iter().map(|&n| forward.lse[n]).collect();
+            let spreads: Vec<Spread> = tokens.iter().map(|&n| logits.spreads[n]).collect();
+            let cotangents = cotangents.select(tokens);
+            let pass = Pass::new(*self, problem, &lse, &spreads, &cotangents);
+            let mut hidden = pass.side(tokens.len());
+            pass.run(&mut hidden, &mut Side::unwanted(problem.shape().vocab));
+            pass.hidden(hidden, &gradients.hidden)
+        });
+        let unembedding = problem.with_ids(ids, |problem| {
+            let pass = Pass::new(*self, problem, &forward.lse, &logits.spreads, cotangents);
+            let mut unembedding = pass.side(ids.len());
+            pass.run(&mut Side::unwanted(problem.shape().tokens), &mut unembedding);
+            pass.unembedding(unembedding, &gradients.unembedding)
+        });
+        [hidden, unembedding]
+    }
+}
+
+/// Sums over the errors of dlogits, for one row of a gradient: of its lse part, of its label part and of both together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    /// Σ Var(s)·‖x‖²: errors of dlogits, independent of each other.
+    independent: [f64; 3],
+    /// Σ s²·‖x‖²: what a rounding of s, and a running sum of s·x, are in proportion to.
+    terms: [f64; 3],
+    /// Σ of what |error of s| surely stays below, with the sum's own error.
+    bound: [f64; 3],
+}
+
+impl Sums {
+    fn add_element(&mut self, element: &Element, x_squared: f64, over_sum: f64) {
+        for i in 0..3 {
+            let s = element.s[i];
+            self.independent[i] += element.variance[i] * x_squared;
+            self.terms[i] += s * s * x_squared;
+            self.bound[i] += element.bound[i] + over_sum * s.abs();
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for i in 0..3 {
+            self.independent[i] += other.independent[i];
+            self.terms[i] += other.terms[i];
+            self.bound[i] += other.bound[i];
+        }
+    }
+}
+
+/// One entry s of dlogits, and its error.
+struct Element {
+    s: [f64; 3],
+    variance: [f64; 3],
+    bound: [f64; 3],
+}
+
+/// What is gathered for dQ or for dK.
+struct Side {
+    rows: Vec<Sums>,
+    /// Effect of the emulated roundings: on the lse part, and what the sum has beyond that.
+    emulated: Option<Parts>,
+}
+
+impl Side {
+    /// Of a gradient that nobody asks for.
+    fn unwanted(rows: usize) -> Self {
+        Self { rows: vec![Sums::default(); rows], emulated: None }
+    }
+}
+
+/// One token that takes part.
+struct Token<'a> {
+    /// Its place in the block.
+    place: usize,
+    /// Its label, if that is one of the problem's columns.
+    label: Option<usize>,
+    cotangent: RowCotangent,
+    lse: f64,
+    spread: &'a Spread,
+    q_squared: f64,
+}
+
+/// The gradients' errors, over the tokens and vocab ids of a problem: for dQ these must be all vocab ids, for dK all tokens.
+struct Pass<'a> {
+    contract: Contract,
+    arithmetic: Arithmetic,
+    problem: &'a Problem<'a>,
+    lse: &'a [f64],
+    spreads: &'a [Spread],
+    cotangents: &'a Cotangents,
+    q: Norms,
+    k: Norms,
+}
+
+impl<'a> Pass<'a> {
+    fn new(
+        contract: Contract,
+        problem: &'a Problem<'a>,
+        lse: &'a [f64],
+        spreads: &'a [Spread],
+        cotangents: &'a Cotangents,
+    ) -> Self {
+        let Shape { tokens, hidden, vocab } = problem.shape();
+        let q = Norms::new(tokens, hidden, |rows| reference::hidden_rows(problem, rows));
+        let k = Norms::new(vocab, hidden, |ids| reference::unembedding_rows(problem, ids));
+        Self { contract, arithmetic: Arithmetic::of(&contract), problem, lse, spreads, cotangents, q, k }
+    }
+
+    fn side(&self, rows: usize) -> Side {
+        let zeros = || Array2::zeros((rows, self.problem.shape().hidden));
+        let emulated = (self.contract.dlogits.unit_roundoff() > Precision::F32.unit_roundoff())
+            .then(|| Parts { lse: zeros(), label: zeros() });
+        Side { rows: vec![Sums::default(); rows], emulated }
+    }
+
+    fn run(&self, hidden: &mut Side, unembedding: &mut Side) {
+        const IDS: usize = 1024;
+        let problem = self.problem;
+        let valid = problem.valid_columns();
+        let over = |terms: usize| self.arithmetic.u * (4.0 + CERTAIN * (ROUNDING * terms as f64).sqrt());
+        let (over_vocab, over_tokens) = (over(valid), over(problem.shape().tokens));
+        for rows in reference::token_blocks(problem) {
+            let z = reference::logits(problem, rows.clone());
+            let q_squared = reference::hidden_rows(problem, rows.clone()).mapv_into(|q| q * q);
+            let mut variance = reference::squared_products(problem, &q_squared);
+            self.arithmetic.logit_variance(problem, z.view(), &mut variance);
+            let tokens: Vec<Option<Token>> = rows.clone().enumerate().map(|(place, n)| self.token(place, n)).collect();
+            let of_tiles: Vec<Vec<Sums>> = unembedding.rows[..valid]
+                .par_chunks_mut(IDS)
+                .enumerate()
+                .map(|(tile, of_ids)| {
+                    let mut of_tokens = vec![Sums::default(); rows.len()];
+                    for token in tokens.iter().flatten() {
+                        let of_token = &mut of_tokens[token.place];
+                        for (v, of_id) in (tile * IDS..).zip(&mut *of_ids) {
+                            let element = self.element(token, v, z[[token.place, v]], variance[[token.place, v]]);
+                            of_token.add_element(&element, self.k.squared[v], over_vocab);
+                            of_id.add_element(&element, token.q_squared, over_tokens);
+                        }
+                    }
+                    of_tokens
+                })
+                .collect();
+            for of_tokens in of_tiles {
+                hidden.rows[rows.clone()].iter_mut().zip(of_tokens).for_each(|(row, sums)| row.add(&sums));
+            }
+            drop(variance);
+            if hidden.emulated.is_some() || unembedding.emulated.is_some() {
+                self.emulate(rows, &tokens, &z, hidden, unembedding);
+            }
+        }
+    }
+
+    fn token(&self, place: usize, n: usize) -> Option<Token<'_>> {
+        let label = match self.problem.labels()[n] {
+            Label::Masked => return None,
+            Label::Column(label) => Some(label as usize),
+            Label::Elsewhere => None,
+        };
+        let lse = self.lse[n];
+        let cotangent = self.cotangents.row(self.problem, n, lse);
+        Some(Token { place, label, cotangent, lse, spread: &self.spreads[n], q_squared: self.q.squared[n] })
+    }
+
+    fn element(&self, token: &Token, v: usize, z: f64, z_variance: f64) -> Element {
+        let options = self.problem.options();
+        let u = self.arithmetic.u;
+        let RowCotangent { p: factor, onehot, constant } = token.cotangent;
+        let p = (z - token.lse).exp();
+        let slope = chain(options, z);
+        // The derivative of the cap loses digits where it is small: its error is absolute.
+        let slope_variance = options
+            .logit_softcap
+            .map_or(0.0, |cap| options.logit_scale.powi(2) * (4.0 * (z / (cap * cap)).powi(2) * z_variance + (2.0 * u).powi(2)));
+        let at_label = constant + if token.label == Some(v) { onehot } else { 0.0 };
+        let before = factor * p;
+        let (lse_part, label_part) = (before * slope, at_label * slope);
+        let deviation = self.arithmetic.p_variance(self.problem, token.spread, token.lse, z_variance, p).sqrt();
+        // To first order p·deviation; where a logit is off by so much that e^x bends, P may become anything up to 1.
+        let of_p = (p * deviation * (3.0 * deviation).exp()).min(1.0);
+        let of_p = (factor * slope * of_p).powi(2);
+        let (sum, before_sum) = match self.contract.label {
+            LabelTerm::Joint => (lse_part + label_part, before + at_label),
+            LabelTerm::Apart => (lse_part.abs() + label_part.abs(), before.abs() + at_label.abs()),
+        };
+        // The coefficients of P, onehot and constant are rounded too, and may cancel in the sum.
+        let of_coefficients = self.arithmetic.unit() * (before * before + at_label * at_label) * slope * slope;
+        let variance = |before: f64, of_p: f64| of_p + of_coefficients + before * before * slope_variance;
+        let certain = (factor * slope).abs() * (p * (CERTAIN * deviation).exp_m1()).min(1.0)
+            + (before.abs() + at_label.abs()) * (CERTAIN * slope_variance.sqrt() + 2.0 * u * slope.abs());
+        // An exp that is flushed to 0 is then lost to its coefficient.
+        let flushed = SMALLEST_NORMAL * (1.0 + 2.0 * (factor * slope).abs());
+        let rounding = self.contract.dlogits.unit_roundoff();
+        let s = [lse_part, label_part, sum];
+        Element {
+            s,
+            variance: [variance(before, of_p), variance(at_label, 0.0), variance(before_sum, of_p)],
+            bound: s.map(|s| certain + 2.0 * rounding * s.abs() + flushed),
+        }
+    }
+
+    /// Adds what rounding dlogits as declared changes in the gradients of a block of tokens.
+    fn emulate(&self, rows: Range<usize>, tokens: &[Option<Token>], z: &Array2<f64>, hidden: &mut Side, unembedding: &mut Side) {
+        let problem = self.problem;
+        let mut changes = Array2::zeros(z.dim());
+        let mut onehot = vec![0.0; rows.len()];
+        let of_rows = changes.axis_iter_mut(Axis(0)).into_par_iter().zip(&mut onehot).zip(tokens);
+        of_rows.for_each(|((changes, at_label), token)| {
+            if let Some(token) = token {
+                *at_label = self.changes(token, z.row(token.place), changes);
+            }
+        });
+        if let Some(effect) = &mut hidden.emulated {
+            reference::hidden_product(problem, rows.clone(), changes.view(), &mut effect.lse);
+            reference::hidden_label_product(problem, rows.clone(), &onehot, &mut effect.label);
+        }
+        if let Some(effect) = &mut unembedding.emulated {
+            reference::unembedding_product(problem, rows.clone(), changes.view(), &mut effect.lse);
+            reference::unembedding_label_product(problem, rows, &onehot, &mut effect.label);
+        }
+    }
+
+    /// Writes what rounding a token's dlogits as declared changes, the label apart; returns the change at the label.
+    fn changes(&self, token: &Token, z: ArrayView1<f64>, mut out: ArrayViewMut1<f64>) -> f64 {
+        let Contract { dlogits, label, .. } = self.contract;
+        let RowCotangent { p: factor, onehot, constant } = token.cotangent;
+        let mut at_label = 0.0;
+        for (v, (out, &z)) in out.iter_mut().zip(z).enumerate().take(self.problem.valid_columns()) {
+            let slope = chain(self.problem.options(), z);
+            let exact = (factor * (z - token.lse).exp() + constant) * slope;
+            *out = dlogits.round(exact) - exact;
+            if token.label == Some(v) && label == LabelTerm::Joint {
+                let exact = exact + onehot * slope;
+                at_label = dlogits.round(exact) - exact - *out;
+            }
+        }
+        at_label
+    }
+
+    fn hidden(&self, side: Side, parts: &Parts) -> GradientError {
+        let sum_of_exp = Arithmetic::sum_of_exp(self.problem);
+        let common = |row: usize| {
+            let Spread { total, largest, .. } = self.spreads[row];
+            total - largest + self.arithmetic.unit() * (self.lse[row].powi(2) + sum_of_exp)
+        };
+        self.error(side, parts, self.problem.valid_columns(), common, &self.k.largest)
+    }
+
+    fn unembedding(&self, side: Side, parts: &Parts) -> GradientError {
+        self.error(side, parts, self.problem.shape().tokens, |_| 0.0, &self.q.largest)
+    }
+
+    /// The error of a gradient whose exact value is `parts`, and whose sums have so many `terms`. `common` is the variance of
+    /// the relative error that all of a row's P share.
+    fn error(
+        &self,
+        side: Side,
+        parts: &Parts,
+        terms: usize,
+        common: impl Fn(usize) -> f64,
+        bound_columns: &[f64],
+    ) -> GradientError {
+        let (u, n) = (self.arithmetic.u, terms as f64);
+        let rounding = ROUNDING * self.contract.dlogits.unit_roundoff().powi(2);
+        let error = Error::new(side.rows.len(), bound_columns.to_vec());
+        let mut out = GradientError { lse: error.clone(), label: error.clone(), sum: error };
+        for (row, sums) in side.rows.iter().enumerate() {
+            let [lse, label, both] = squares(parts, row);
+            let total = match self.contract.label {
+                LabelTerm::Joint => both,
+                LabelTerm::Apart => lse + label,
+            };
+            let effects = side.emulated.as_ref().map(|effect| squares(effect, row)).map(|[lse, _, both]| [lse, 0.0, both]);
+            // An error that all of a token's P share does not average out over the vocabulary.
+            // Neither does the bias of an exp.
+            let shared = (common(row) + (EXP_BIAS * u).powi(2)) * lse;
+            let of_parts = [(lse, shared), (label, 0.0), (total, shared)];
+            for (i, (error, (total, shared))) in out.each_mut().into_iter().zip(of_parts).enumerate() {
+                // What the declared rounding does here, and what it does to values like these: luck is no floor.
+                let rounded = if self.contract.label == LabelTerm::Apart { 0 } else { i };
+                let typical = rounding * sums.terms[rounded];
+                let declared = effects.map_or(typical, |effects| effects[i].max(typical));
+                let terms = sums.terms[i];
+                let of_sum = self.arithmetic.unit() * (n * (total / 3.0 + terms / 6.0) + terms) + u * u * total;
+                error.squared[row] = sums.independent[i] + of_sum + shared + declared;
+                error.declared[row] = declared;
+                error.bound_rows[row] = sums.bound[i];
+            }
+        }
+        out
+    }
+}
+
+/// ‖lse part‖², ‖label part‖² and ‖gradient‖² of one row.
+fn squares(parts: &Parts, row: usize) -> [f64; 3] {
+    let (lse, label) = (parts.lse.row(row), parts.label.row(row));
+    [lse.dot(&lse), label.dot(&label), lse.iter().zip(label).map(|(a, b)| (a + b).powi(2)).sum()]
+}
+
+/// The squared norm of each row of Q or K, and the largest |element| of each column.
+struct Norms {
+    squared: Vec<f64>,
+    largest: Vec<f64>,
+}
+
+impl Norms {
+    fn new(rows: usize, columns: usize, values: impl Fn(Range<usize>) -> Array2<f64> + Sync) -> Self {
+        const ELEMENTS: usize = 1 << 19;
+        let step = (ELEMENTS / columns).max(1);
+        let mut squared = vec![0.0; rows];
+        let of_some = |(i, squared): (usize, &mut [f64])| {
+            let values = values(i * step..i * step + squared.len());
+            squared.iter_mut().zip(values.outer_iter()).for_each(|(squared, row)| *squared = row.dot(&row));
+            values.fold_axis(Axis(0), 0.0f64, |largest, x| largest.max(x.abs())).to_vec()
+        };
+        let larger = |a: Vec<f64>, b: Vec<f64>| a.into_iter().zip(b).map(|(a, b)| a.max(b)).collect();
+        let largest = squared.par_chunks_mut(step).enumerate().map(of_some).reduce(|| vec![0.0; columns], larger);
+        Self { squared, largest }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spread_of_two_parts_is_that_of_the_whole() {
+        let z = ndarray::array![0.5, -7.0, 3.0, 2.5, 1.0];
+        let variance = ndarray::array![1.0, 2.0, 4.0, 8.0, 16.0];
+        let (label, lse) = (Label::Column(3), 4.0);
+        let of = |ids: Range<usize>| {
+            let part = ndarray::s![ids.clone()];
+            Spread::new(label, ids, lse, z.slice(part), variance.slice(part))
+        };
+        for cut in 1..5 {
+            let mut sum = Spread::default();
+            sum.add(&of(0..cut));
+            sum.add(&of(cut..5));
+            let figures = |s: Spread| [s.total, s.largest, s.max, s.sum, s.squares, s.variance, s.label];
+            for (sum, whole) in figures(sum).into_iter().zip(figures(of(0..5))) {
+                assert!((sum - whole).abs() <= 1e-15 * whole.abs(), "cut at {cut}: {sum} {whole}");
+            }
+        }
+        let terms =
+            [(-7.0f64).exp() * 1.0, (-22.0f64).exp() * 2.0, (-2.0f64).exp() * 4.0, (-3.0f64).exp() * 8.0, (-6.0f64).exp() * 16.0];
+        let whole = of(0..5);
+        assert!((whole.total - terms.iter().sum::<f64>()).abs() < 1e-15 && (whole.largest - terms[2]).abs() < 1e-15);
+        assert_eq!((whole.max, whole.sum, whole.squares, whole.variance, whole.label), (7.0, 0.0, 65.5, 31.0, 8.0));
+    }
+}
