@@ -2,7 +2,8 @@
 //!
 //! Contract: inputs exact; products and sums in float32, each sum in a fixed order; dlogits stay float32; one rounding per output.
 //!
-//! A micro-tile of 4 × 24: 12 of the 16 registers of 8 floats hold the sums, 3 the right panel's, 1 a spread-out left element.
+//! A micro-tile of 4 × 16: 8 of the 16 registers of 8 floats hold the sums, as many as keep both multipliers busy, 2 the right
+//! panel's, 1 a spread-out left element. With 4 × 24, which takes all 16, the compiler spills.
 
 super::fma::fma_instance!(
     /// AVX2 and FMA.
@@ -10,6 +11,7 @@ super::fma::fma_instance!(
     detect: ["avx2", "fma"],
     enable: "avx2,fma",
     rows: 4,
+    vectors: 2,
     lanes: 8,
     _mm256_setzero_ps,
     _mm256_loadu_ps,

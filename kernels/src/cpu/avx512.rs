@@ -10,6 +10,7 @@ super::fma::fma_instance!(
     detect: ["avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"],
     enable: "avx512f,avx512bw,avx512vl,avx512dq,fma",
     rows: 8,
+    vectors: 3,
     lanes: 16,
     _mm512_setzero_ps,
     _mm512_loadu_ps,

@@ -1,16 +1,16 @@
 //! Instances in float32 that differ in nothing but the width of a register: AVX-512 and AVX2.
 
-/// Defines the instance `$name` of micro-tiles of `$mr` × 3 registers, in the module where it stands.
+/// Defines the instance `$name` of micro-tiles of `$mr` rows × `$vectors` registers, in the module where it stands.
 macro_rules! fma_instance {
     (
-        $(#[$doc:meta])* $name:ident, detect: [$($feature:tt),*], enable: $enable:literal, rows: $mr:literal, lanes: $lanes:literal,
+        $(#[$doc:meta])* $name:ident, detect: [$($feature:tt),*], enable: $enable:literal, rows: $mr:literal, vectors: $vectors:literal, lanes: $lanes:literal,
         $zero:ident, $load:ident, $store:ident, $spread:ident, $add:ident, $multiply_add:ident
     ) => {
         use super::{Isa, Vectorized};
         use crate::gemm::{Left, Write};
         use std::arch::x86_64::*;
 
-        const VECTORS: usize = 3;
+        const VECTORS: usize = $vectors;
 
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
@@ -50,7 +50,7 @@ macro_rules! fma_instance {
                 unsafe {
                     match vectors {
                         1 => product::<1>(steps, left, right, c, stride, write, next),
-                        2 => product::<2>(steps, left, right, c, stride, write, next),
+                        2 if VECTORS > 2 => product::<2>(steps, left, right, c, stride, write, next),
                         _ => product::<VECTORS>(steps, left, right, c, stride, write, next),
                     }
                 }
