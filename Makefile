@@ -1,6 +1,6 @@
 CARGO ?= cargo
 
-.PHONY: test lint unit samples bench bench-peers dumps
+.PHONY: test lint unit samples aarch64 bench bench-peers dumps
 
 test: lint unit samples
 
@@ -20,6 +20,10 @@ unit:
 samples:
 	$(CARGO) build
 	tests/scripts/sample-dumps target/debug/xent-diff
+
+# The kernels' unit tests for AArch64, in an emulator; it fetches 220 MB of tools once.
+aarch64:
+	tests/scripts/aarch64
 
 bench:
 	$(CARGO) bench --workspace
