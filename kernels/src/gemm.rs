@@ -159,9 +159,9 @@ pub(crate) mod tests {
     use crate::panels::{Axis, Operand, Pack, PackLeft, PackRight, right_len};
     use crate::problem::Floats;
 
-    /// Small panels of a shape that no machine has, and three terms in a word.
+    /// Small panels of a shape that no machine has, three terms in a word, and a multiply-add of one rounding.
     #[derive(Clone, Copy, Debug)]
-    struct Threes;
+    pub struct Threes;
 
     impl Isa for Threes {
         const MR: usize = 3;
@@ -171,7 +171,7 @@ pub(crate) mod tests {
         type Packed = f32;
 
         fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-            a * b + c
+            a.mul_add(b, c)
         }
 
         unsafe fn product(
