@@ -281,6 +281,7 @@ impl<I: Isa> Vectorized<I, ()> for PackByColumn<'_, I::Packed> {
     #[inline(always)]
     fn run(self) {
         for (out, column) in self.out.chunks_mut(self.stride).zip(self.dlogits.chunks_exact(I::NR)) {
+            // The length of a whole panel is known when this is compiled.
             if self.tokens == I::NR {
                 I::pack_row(&column[..I::NR], out);
             } else {

@@ -64,16 +64,12 @@ impl<I: Isa> Vectorized<I, Strides> for PackLeft<'_, I::Packed> {
         let Self { x, outer, terms, out } = self;
         let rows = outer.len().next_multiple_of(I::MR);
         let words = terms.len().div_ceil(I::KU);
-        let (strides, len) = if x.outer.is_contiguous() {
-            (Strides { row: I::KU, step: rows * I::KU }, words * rows * I::KU)
-        } else {
-            let row = words * I::KU + APART;
-            (Strides { row, step: I::KU }, rows * row)
-        };
-        if out.len() < len {
-            out.resize(len, I::Packed::default());
+        if x.outer.is_contiguous() {
+            pack_words::<I, I::Packed>(x, outer, terms, rows, grow(out, words * rows * I::KU));
+            return Strides { row: I::KU, step: rows * I::KU };
         }
-        pack::<I, I::Packed>(x, outer, terms, rows, strides, &mut out[..len]);
+        let strides = Strides { row: words * I::KU + APART, step: I::KU };
+        pack_rows::<I, I::Packed>(x, outer, terms, rows, strides, grow(out, rows * strides.row));
         strides
     }
 }
@@ -93,63 +89,69 @@ impl<I: Isa> Vectorized<I, ()> for PackRight<'_, I::Packed> {
         let panel = right_len::<I>(terms.len());
         let strides = Strides { row: I::KU, step: I::NR * I::KU };
         if x.outer.is_contiguous() {
-            return match x.data {
-                Floats::Bf16(s) => pack_words::<I, I::Packed, bf16>(s, x, outer, terms, out),
-                Floats::F16(s) => pack_words::<I, I::Packed, f16>(s, x, outer, terms, out),
-                Floats::F32(s) => pack_words::<I, I::Packed, f32>(s, x, outer, terms, out),
-            };
+            return pack_words::<I, I::Packed>(x, outer, terms, I::NR, out);
         }
         let end = outer.end;
         for (i, out) in outer.step_by(I::NR).zip(out.chunks_exact_mut(panel)) {
-            pack::<I, I::Packed>(x, i..(i + I::NR).min(end), terms.clone(), I::NR, strides, out);
+            pack_rows::<I, I::Packed>(x, i..(i + I::NR).min(end), terms.clone(), I::NR, strides, out);
         }
     }
 }
 
-/// Right panels of a source whose rows lie side by side: word by word, across all panels, so that long pieces of it are read.
+/// The first `len` elements of a buffer that grows to hold them.
+pub(crate) fn grow<P: Copy + Default>(buffer: &mut Vec<P>, len: usize) -> &mut [P] {
+    if buffer.len() < len {
+        buffer.resize(len, P::default());
+    }
+    &mut buffer[..len]
+}
+
+/// Panels of `width` columns of a source whose outer indices lie side by side, as columns do in a word's share of a panel: word by
+/// word, across all panels, so that long pieces of the source are read.
 #[inline(always)]
-fn pack_words<I: Isa, P: Packed + Pack<E>, E: Copy>(
+fn pack_words<I: Isa, P: Packed>(x: &Operand, outer: Range<usize>, terms: Range<usize>, width: usize, out: &mut [P]) {
+    match x.data {
+        Floats::Bf16(s) => pack_words_from::<I, P, bf16>(s, x, outer, terms, width, out),
+        Floats::F16(s) => pack_words_from::<I, P, f16>(s, x, outer, terms, width, out),
+        Floats::F32(s) => pack_words_from::<I, P, f32>(s, x, outer, terms, width, out),
+    }
+}
+
+#[inline(always)]
+fn pack_words_from<I: Isa, P: Packed + Pack<E>, E: Copy>(
     data: &[E],
     x: &Operand,
     outer: Range<usize>,
     terms: Range<usize>,
+    width: usize,
     out: &mut [P],
 ) {
-    let panel = right_len::<I>(terms.len());
-    let (last, ragged) = (outer.len() / I::NR * panel, !outer.len().is_multiple_of(I::NR));
+    let panel = terms.len().div_ceil(I::KU) * I::KU * width;
     if !terms.len().is_multiple_of(I::KU) {
         out.fill(P::default());
-    } else if ragged {
-        out[last..].fill(P::default());
+    } else if !outer.len().is_multiple_of(width) {
+        out[outer.len() / width * panel..].fill(P::default());
     }
     for (p, word) in terms.clone().step_by(I::KU).enumerate() {
         let source = |u: usize| {
             let start = outer.start + x.depth.offset(word + u);
             &data[start..start + outer.len()]
         };
-        let whole = word + I::KU <= terms.end;
-        if I::KU == 2 && whole {
-            let (even, odd) = (source(0), source(1));
-            for (j, (even, odd)) in even.chunks(I::NR).zip(odd.chunks(I::NR)).enumerate() {
-                let out = &mut out[j * panel + p * I::NR * 2..][..I::NR * 2];
+        if I::KU == 2 && word + 1 < terms.end {
+            for (j, (even, odd)) in source(0).chunks(width).zip(source(1).chunks(width)).enumerate() {
+                let out = &mut out[j * panel + p * width * 2..][..width * 2];
+                // The length of a whole panel is known when this is compiled.
                 if even.len() == I::NR {
-                    let (even, odd) = (&even[..I::NR], &odd[..I::NR]);
-                    for i in 0..I::NR {
-                        out[2 * i] = P::pack(even[i]);
-                        out[2 * i + 1] = P::pack(odd[i]);
-                    }
+                    pack_pairs(&even[..I::NR], &odd[..I::NR], &mut out[..2 * I::NR]);
                 } else {
-                    for i in 0..even.len() {
-                        out[2 * i] = P::pack(even[i]);
-                        out[2 * i + 1] = P::pack(odd[i]);
-                    }
+                    pack_pairs(even, odd, out);
                 }
             }
             continue;
         }
         for u in 0..I::KU.min(terms.end - word) {
-            for (j, row) in source(u).chunks(I::NR).enumerate() {
-                let out = &mut out[j * panel + p * I::NR * I::KU..][..I::NR * I::KU];
+            for (j, row) in source(u).chunks(width).enumerate() {
+                let out = &mut out[j * panel + p * width * I::KU..][..width * I::KU];
                 for (i, &x) in row.iter().enumerate() {
                     out[i * I::KU + u] = P::pack(x);
                 }
@@ -158,25 +160,43 @@ fn pack_words<I: Isa, P: Packed + Pack<E>, E: Copy>(
     }
 }
 
+/// out[2i] = even[i] and out[2i + 1] = odd[i].
+#[inline(always)]
+pub(crate) fn pack_pairs<P: Pack<E>, E: Copy>(even: &[E], odd: &[E], out: &mut [P]) {
+    let (odd, out) = (&odd[..even.len()], &mut out[..2 * even.len()]);
+    for i in 0..even.len() {
+        out[2 * i] = P::pack(even[i]);
+        out[2 * i + 1] = P::pack(odd[i]);
+    }
+}
+
 /// Elements of a right panel of so many terms.
 pub(crate) const fn right_len<I: Isa>(terms: usize) -> usize {
     terms.div_ceil(I::KU) * I::KU * I::NR
 }
 
+/// One panel, or left operand, of a source whose terms lie side by side, filled up to `rows` rows.
 #[inline(always)]
-fn pack<I: Isa, P: Packed>(x: &Operand, outer: Range<usize>, terms: Range<usize>, rows: usize, strides: Strides, out: &mut [P]) {
+fn pack_rows<I: Isa, P: Packed>(
+    x: &Operand,
+    outer: Range<usize>,
+    terms: Range<usize>,
+    rows: usize,
+    strides: Strides,
+    out: &mut [P],
+) {
     if outer.len() < rows || !terms.len().is_multiple_of(I::KU) {
         out.fill(P::default());
     }
     match x.data {
-        Floats::Bf16(s) => pack_from::<I, P, bf16>(s, x, outer, terms, strides, out),
-        Floats::F16(s) => pack_from::<I, P, f16>(s, x, outer, terms, strides, out),
-        Floats::F32(s) => pack_from::<I, P, f32>(s, x, outer, terms, strides, out),
+        Floats::Bf16(s) => pack_rows_from::<I, P, bf16>(s, x, outer, terms, strides, out),
+        Floats::F16(s) => pack_rows_from::<I, P, f16>(s, x, outer, terms, strides, out),
+        Floats::F32(s) => pack_rows_from::<I, P, f32>(s, x, outer, terms, strides, out),
     }
 }
 
 #[inline(always)]
-fn pack_from<I: Isa, P: Packed + Pack<E>, E: Copy>(
+fn pack_rows_from<I: Isa, P: Packed + Pack<E>, E: Copy>(
     data: &[E],
     x: &Operand,
     outer: Range<usize>,
@@ -184,31 +204,6 @@ fn pack_from<I: Isa, P: Packed + Pack<E>, E: Copy>(
     strides: Strides,
     out: &mut [P],
 ) {
-    if x.outer.is_contiguous() {
-        // Rows lie side by side, and so do words in `out`: terms are interleaved in groups of KU.
-        let source = |term: usize| {
-            let start = outer.start + x.depth.offset(term);
-            &data[start..start + outer.len()]
-        };
-        for (word, out) in terms.clone().step_by(I::KU).zip(out.chunks_exact_mut(strides.step)) {
-            if I::KU == 2 && word + 1 < terms.end {
-                let (even, odd) = (source(word), source(word + 1));
-                let odd = &odd[..even.len()];
-                let out = &mut out[..2 * even.len()];
-                for i in 0..even.len() {
-                    out[2 * i] = Pack::pack(even[i]);
-                    out[2 * i + 1] = Pack::pack(odd[i]);
-                }
-            } else {
-                for (u, term) in (word..terms.end.min(word + I::KU)).enumerate() {
-                    for (i, &a) in source(term).iter().enumerate() {
-                        out[i * I::KU + u] = Pack::pack(a);
-                    }
-                }
-            }
-        }
-        return;
-    }
     debug_assert!(x.depth.is_contiguous());
     let source = |i: usize| {
         let start = x.outer.offset(i);

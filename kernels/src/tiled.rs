@@ -247,10 +247,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
             let panel = chunk.len().next_multiple_of(I::MR) * I::NR;
             // Panels that nobody will ask for again may lie in one place, if each is complete before the next begins.
             let apart = if keep.is_some() || block.by_token.len() > 1 { panel } else { 0 };
-            let z = keep.unwrap_or_else(|| {
-                scratch.z.resize(scratch.z.len().max(apart * tokens.div_ceil(I::NR)).max(panel), 0.0);
-                &mut scratch.z
-            });
+            let z = keep.unwrap_or_else(|| panels::grow(&mut scratch.z, (apart * tokens.div_ceil(I::NR)).max(panel)));
             let mut panels = block.tokens.chunks(I::NR).zip(shares.chunks_mut(I::NR));
             self.logits(&mut scratch.left, block, chunk.clone(), z, apart, |z| {
                 let (tokens, shares) = panels.next().expect("as many panels of shares as of tokens");
@@ -306,9 +303,9 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     ) {
         let d = self.problem.shape().hidden;
         let tokens = block.tokens;
-        let panels: Vec<_> = tokens.chunks(I::NR).zip(lse.chunks(I::NR)).collect();
+        let panels = tokens.chunks(I::NR).zip(lse.chunks(I::NR));
         let panels: Vec<_> =
-            panels.iter().map(|(tokens, lse)| (*tokens, PanelCotangent::new(self.problem, cotangents, tokens, lse))).collect();
+            panels.map(|(tokens, lse)| (tokens, PanelCotangent::new(self.problem, cotangents, tokens, lse))).collect();
         let by_feature =
             if sinks.d_unembedding.is_some() { self.panels(self.hidden(tokens, true), d, 0..tokens.len()) } else { Vec::new() };
         let mut dq = vec![0.0; if sinks.d_hidden.is_some() { tokens.len() * d } else { 0 }];
@@ -351,10 +348,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         let rows = chunk.len().next_multiple_of(I::MR);
         let tokens = panels.iter().map(|(tokens, _)| tokens.len()).sum();
         let (stride, part_len) = self.by_column(tokens, rows);
-        let left_len = if dk { part_len * self.settings.parts } else { 0 };
-        if scratch.left.len() < left_len {
-            scratch.left.resize(left_len, I::Packed::default());
-        }
+        let by_column = panels::grow(&mut scratch.left, if dk { part_len * self.settings.parts } else { 0 });
         scratch.dlogits.resize(ROWS * I::NR, 0.0);
         let parts = self.settings.parts;
         for (p, ((tokens, cotangent), z)) in panels.iter().zip(z.chunks_exact_mut(rows * I::NR)).enumerate() {
@@ -377,7 +371,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                     self.isa.vectorize(lanes::PackByToken { dlogits, part, parts, out: by_token });
                     if dk {
                         let tokens = tokens.len().next_multiple_of(I::KU);
-                        let out = &mut scratch.left[part * part_len + piece.start * stride + p * I::NR..(part + 1) * part_len];
+                        let out = &mut by_column[part * part_len + piece.start * stride + p * I::NR..(part + 1) * part_len];
                         self.isa.vectorize(lanes::PackByColumn { dlogits, tokens, stride, out });
                     }
                     if part + 1 < parts {
@@ -424,10 +418,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
             let (rows, columns) = (share(i, down, tokens, I::MR), share(j, across, d, I::NR));
             for (chunk, z) in cut(stripe.clone(), CHUNK).zip(workspace.chunks(tokens.next_multiple_of(I::NR) * CHUNK)) {
                 let right_len = columns.len().div_ceil(I::NR) * panels::right_len::<I>(chunk.len());
-                if scratch.right.len() < right_len {
-                    scratch.right.resize(right_len, I::Packed::default());
-                }
-                let out = &mut scratch.right[..right_len];
+                let out = panels::grow(&mut scratch.right, right_len);
                 self.isa.vectorize(PackRight { x: &k, outer: columns.clone(), terms: chunk.clone(), out });
                 let (panel, word) = (chunk.len().next_multiple_of(I::MR) * I::NR, I::NR * I::KU);
                 let strides = Strides { row: I::KU, step: word * parts };

@@ -18,7 +18,7 @@ pub(crate) mod portable;
 
 use crate::gemm::{Left, Write};
 use crate::lanes::Prediction;
-use crate::panels::{Pack, Packed};
+use crate::panels::{self, Pack, Packed};
 use crate::problem::Problem;
 use crate::shard::TokenPartial;
 use crate::tiled::{Pass, Settings, Sinks};
@@ -82,11 +82,7 @@ pub(crate) trait Isa: Copy + Debug + Send + Sync + 'static {
     /// out[2i] = even[i] and out[2i + 1] = odd[i], likewise.
     #[inline(always)]
     fn pack_pairs(even: &[f32], odd: &[f32], out: &mut [Self::Packed]) {
-        let (odd, out) = (&odd[..even.len()], &mut out[..2 * even.len()]);
-        for i in 0..even.len() {
-            out[2 * i] = Pack::pack(even[i]);
-            out[2 * i + 1] = Pack::pack(odd[i]);
-        }
+        panels::pack_pairs(even, odd, out);
     }
 }
 
