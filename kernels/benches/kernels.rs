@@ -48,11 +48,19 @@ fn kernels(c: &mut Criterion) {
             assert!((mean - uniform).abs() < 1e-2, "{mean}: nearly uniform logits give a loss near ln V = {uniform}");
             let backward = |dq: &mut [f32], dk: &mut [f32]| {
                 let cotangents = Cotangents { loss: Some(&g), ..Cotangents::default() };
-                let gradients = Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) };
+                let gradients = Gradients {
+                    d_hidden: Some(GradientMut::F32(dq)),
+                    d_unembedding: Some(GradientMut::F32(dk)),
+                    ..Gradients::default()
+                };
                 kernel.backward(&problem, &forward.lse, cotangents, gradients).expect("the buffers fit");
             };
             let both = |kernel: &Kernel, dq: &mut [f32], dk: &mut [f32]| {
-                let gradients = Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) };
+                let gradients = Gradients {
+                    d_hidden: Some(GradientMut::F32(dq)),
+                    d_unembedding: Some(GradientMut::F32(dk)),
+                    ..Gradients::default()
+                };
                 assert_eq!(kernel.loss_and_grad(&problem, &g, gradients).as_ref(), Ok(&forward));
             };
             backward(&mut dq, &mut dk);

@@ -68,7 +68,11 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
     for line in io::stdin().lines() {
         let line = line?;
         let (command, prefix) = line.split_once(' ').map_or((&line[..], None), |(command, prefix)| (command, Some(prefix)));
-        let gradients = Gradients { d_hidden: Some(GradientMut::Bf16(&mut dq)), d_unembedding: Some(GradientMut::F32(&mut dk)) };
+        let gradients = Gradients {
+            d_hidden: Some(GradientMut::Bf16(&mut dq)),
+            d_unembedding: Some(GradientMut::F32(&mut dk)),
+            ..Gradients::default()
+        };
         MOST.store(held, Relaxed);
         let start = Instant::now();
         let forward = match command {

@@ -3,6 +3,7 @@
 //! Every element of C is one sum, taken in the order of its words by one micro-tile: what the tiles' borders are does not change it.
 
 use crate::cpu::Isa;
+use crate::filter::Kept;
 use crate::panels::Strides;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -75,6 +76,15 @@ impl<'a> Output<'a> {
     }
 }
 
+/// All of a packed left operand.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a, P> {
+    pub data: &'a [P],
+    pub strides: Strides,
+    /// The words that count; `None` if all do.
+    pub kept: Option<Kept<'a>>,
+}
+
 /// C = or += left · right panels, of so many words each.
 ///
 /// The right panels of [`Sweep::Rows`] should fit the second-level cache together; of [`Sweep::Panels`], each for itself.
@@ -86,7 +96,7 @@ pub(crate) unsafe fn product<I: Isa>(
     isa: I,
     sweep: Sweep,
     words: usize,
-    left: (&[I::Packed], Strides),
+    left: Rows<I::Packed>,
     right: &[I::Packed],
     c: Output,
     write: Write,
@@ -94,26 +104,45 @@ pub(crate) unsafe fn product<I: Isa>(
     if c.rows == 0 || c.columns == 0 || words == 0 {
         return;
     }
-    let (data, Strides { row, step }) = left;
+    let Rows { data, strides: Strides { row, step }, kept } = left;
     let last = (c.rows.next_multiple_of(I::MR) - 1) * row + (words - 1) * step;
     let panel = words * I::NR * I::KU;
     assert!(last + I::KU <= data.len() && c.columns.div_ceil(I::NR) * panel <= right.len(), "the operands are whole");
     let micro_tile = |i: usize, j: usize, next: [usize; 2]| {
         // SAFETY: `last` is where the last row ends, and the last panel ends within `right`.
-        let (left, right) =
-            unsafe { (Left { data: data.as_ptr().add(i * row), row, step }, right.as_ptr().add(j / I::NR * panel)) };
+        let (left, right) = unsafe { (data.as_ptr().add(i * row), right.as_ptr().add(j / I::NR * panel)) };
         let (rows, columns) = (I::MR.min(c.rows - i), I::NR.min(c.columns - j));
         let vectors = columns.div_ceil(I::LANES);
+        // SAFETY: the run is one of the operands' words, and they are whole; for `to`, see below.
+        let multiply = |run: Range<usize>, to: *mut f32, stride: usize, write: Write, next: *const f32| unsafe {
+            let left = Left { data: left.add(run.start * step), row, step };
+            isa.product(run.len(), left, right.add(run.start * I::NR * I::KU), to, stride, vectors, write, next);
+        };
+        // All runs of words after one another; the first of them may replace what is there.
+        let multiply_runs = |to: *mut f32, stride: usize, mut write: Write, next: *const f32| match kept {
+            None => multiply(0..words, to, stride, write, next),
+            Some(kept) => {
+                for run in kept.runs(i / I::MR, words) {
+                    multiply(run, to, stride, std::mem::replace(&mut write, Write::Add), next);
+                }
+                if write == Write::Set {
+                    for (a, b) in (0..I::MR).flat_map(|a| (0..vectors * I::LANES).map(move |b| (a, b))) {
+                        // SAFETY: the micro-tile of `to` is whole.
+                        unsafe { *to.add(a * stride + b) = 0.0 };
+                    }
+                }
+            }
+        };
         if c.column == 1 && rows == I::MR && columns == vectors * I::LANES {
-            let next = c.pointer.wrapping_add(next[0] * c.row + next[1]);
-            // SAFETY: the operands are whole, and so is the micro-tile of C, which lies in the matrix.
-            unsafe { isa.product(words, left, right, c.pointer.add(i * c.row + j), c.row, vectors, write, next) };
+            // The micro-tile of C is whole and lies in the matrix.
+            let (to, next) = (c.pointer.wrapping_add(i * c.row + j), c.pointer.wrapping_add(next[0] * c.row + next[1]));
+            multiply_runs(to, c.row, write, next);
             return;
         }
+        // The scratch is as large as any micro-tile.
         let mut scratch = [0.0f32; SCRATCH];
         let tile = scratch.as_mut_ptr();
-        // SAFETY: the operands are whole, and the scratch is as large as any micro-tile.
-        unsafe { isa.product(words, left, right, tile, I::NR, vectors, Write::Set, tile) };
+        multiply_runs(tile, I::NR, Write::Set, tile);
         for (a, b) in (0..columns).flat_map(|b| (0..rows).map(move |a| (a, b))) {
             // SAFETY: the element lies in the matrix, and nobody else uses it.
             let c = unsafe { &mut *c.pointer.add((i + a) * c.row + (j + b) * c.column) };
@@ -241,8 +270,9 @@ pub(crate) mod tests {
                 ] {
                     let mut c = vec![1000.0; m * n];
                     let output = Output::new(&mut c, [m, n], [row, column]);
+                    let left = Rows { data: &packed, strides, kept: None };
                     // SAFETY: C is this test's own.
-                    unsafe { product(isa, sweep, k.div_ceil(I::KU), (&packed, strides), &panels, output, write) };
+                    unsafe { product(isa, sweep, k.div_ceil(I::KU), left, &panels, output, write) };
                     let before = if write == Write::Add { 1000.0 } else { 0.0 };
                     for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                         assert_eq!(c[i * row + j * column], before + expected(i, j), "{isa:?}, {m} × {n} × {k} at {i}, {j}");

@@ -9,6 +9,7 @@
 
 use crate::contract::{Contract, LabelTerm, Precision};
 use crate::cpu::{self, Backend};
+use crate::filter::Filter;
 use crate::gemm::Write;
 use crate::memory;
 use crate::panels::Pack;
@@ -334,6 +335,8 @@ pub struct Gradients<'a> {
     pub d_hidden: Option<GradientMut<'a>>,
     /// dK, in K's own layout.
     pub d_unembedding: Option<GradientMut<'a>>,
+    /// What to leave out of both; `None`, the default, leaves out nothing.
+    pub filter: Option<&'a mut Filter>,
 }
 
 /// A gradient's buffer. bfloat16 and float16 are for inputs of that type: one rounding of the float32 sum.
@@ -439,14 +442,17 @@ impl Gradients<'_> {
         if let Some(d_unembedding) = self.d_unembedding.as_mut().filter(|_| !all_written) {
             d_unembedding.clear();
         }
-        let d_hidden = self.d_hidden.as_mut();
+        if let Some(filter) = &mut self.filter {
+            filter.begin(problem);
+        }
+        let (d_hidden, filter) = (self.d_hidden.as_mut(), self.filter);
         Ok(match &mut self.d_unembedding {
-            None => backward(Sinks { d_hidden, d_unembedding: None }),
-            Some(GradientMut::F32(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Set)) }),
-            Some(GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Add)) }),
+            None => backward(Sinks { d_hidden, d_unembedding: None, filter }),
+            Some(GradientMut::F32(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Set)), filter }),
+            Some(GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Add)), filter }),
             Some(narrow) => {
                 let mut sum = memory::zeros(v_d);
-                let result = backward(Sinks { d_hidden, d_unembedding: Some((&mut sum, Write::Set)) });
+                let result = backward(Sinks { d_hidden, d_unembedding: Some((&mut sum, Write::Set)), filter });
                 narrow.put_all(&sum);
                 result
             }
