@@ -41,9 +41,9 @@ struct Count {
 const ROUNDED_UP: f64 = 1.0 + 1.0 / 16384.0;
 
 impl Filter {
-    /// With 0 only zeros are left out; nothing is, if the threshold is NaN.
+    /// With a threshold of 0, or one that is negative or NaN, zeros alone are left out.
     pub fn new(threshold: f32) -> Self {
-        Self { threshold, tokens: Vec::new(), ids: Vec::new(), done: Default::default() }
+        Self { threshold: threshold.max(0.0), tokens: Vec::new(), ids: Vec::new(), done: Default::default() }
     }
 
     /// The threshold.
@@ -85,12 +85,9 @@ pub(crate) struct Kept<'a> {
     stride: usize,
 }
 
-/// A run of words that begins this soon after another ends is joined to it: passing over fewer words costs more than multiplying them.
-const NEAR: usize = 4;
-
 impl<'a> Kept<'a> {
-    /// From the group `first` on.
-    pub fn from_group(self, first: usize) -> Self {
+    /// The groups from `first` on.
+    pub fn starting_at(self, first: usize) -> Self {
         Self { bits: &self.bits[first * self.stride..], ..self }
     }
 
@@ -99,36 +96,27 @@ impl<'a> Kept<'a> {
         self.bits[groups.start * self.stride..groups.end * self.stride].iter().any(|&bits| bits != 0)
     }
 
-    /// The runs of a group among its first `words`, in order.
-    pub fn runs(&self, group: usize, words: usize) -> impl Iterator<Item = Range<usize>> + use<'a> {
-        let bits = &self.bits[group * self.stride..][..self.stride];
-        let kept = move |from: usize| find(bits, from, false).filter(|&found| found < words);
-        let mut next = kept(0);
-        std::iter::from_fn(move || {
-            let start = next?;
-            loop {
-                let end = find(bits, next?, true).map_or(words, |end| end.min(words));
-                next = kept(end);
-                if next.is_none_or(|next| next > end + NEAR) {
-                    return Some(start..end);
-                }
-            }
+    fn of_group(&self, group: usize) -> &'a [u64] {
+        &self.bits[group * self.stride..][..self.stride]
+    }
+
+    /// How many of a group's `words` to multiply. Where most are kept it is all: to pick them would cost more.
+    pub fn count(&self, group: usize, words: usize) -> usize {
+        let count = self.of_group(group).iter().map(|bits| bits.count_ones() as usize).sum();
+        if 4 * count > 3 * words { words } else { count }
+    }
+
+    /// The words that a group keeps, in order.
+    pub fn words(&self, group: usize) -> impl Iterator<Item = usize> + use<'a> {
+        self.of_group(group).iter().enumerate().flat_map(|(i, &bits)| {
+            let mut rest = bits;
+            std::iter::from_fn(move || {
+                let bit = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
+                rest &= rest - 1;
+                Some(64 * i + bit)
+            })
         })
     }
-}
-
-/// The first bit from `from` on that is set, or that is clear.
-fn find(bits: &[u64], from: usize, clear: bool) -> Option<usize> {
-    let flip = if clear { u64::MAX } else { 0 };
-    let mut mask = u64::MAX << (from % 64);
-    for (i, &word) in bits.iter().enumerate().skip(from / 64) {
-        let found = (word ^ flip) & mask;
-        if found != 0 {
-            return Some(64 * i + found.trailing_zeros() as usize);
-        }
-        mask = u64::MAX;
-    }
-    None
 }
 
 /// What is kept and what is small in the dlogits of a stripe and a block of tokens.
@@ -240,7 +228,7 @@ impl ChunkSieve<'_> {
         let tokens = self.small_of_tokens.len();
         let by_token = Kept { bits: self.by_token, stride: self.by_token.len() / (tokens / I::MR) };
         let count = |kept: Kept, groups: usize, words: usize| Count {
-            kept: (0..groups).flat_map(|group| kept.runs(group, words)).map(|run| run.len() as u64).sum(),
+            kept: (0..groups).map(|group| kept.count(group, words) as u64).sum(),
             all: (groups * words) as u64,
         };
         let of_columns = columns.div_ceil(I::MR);
@@ -270,25 +258,30 @@ impl<I: Isa> Vectorized<I, ()> for Sift<'_, '_> {
         };
         let mut small_of_tokens = [0.0; MOST_LANES];
         for (group, columns) in dlogits.chunks_exact(I::MR * I::NR).enumerate() {
-            let mut of_group = [false; MOST_LANES];
+            let mut of_group = [0; MOST_LANES];
             for (word, columns) in columns.chunks_exact(I::KU * I::NR).enumerate() {
-                let mut of_word = [false; MOST_LANES];
+                let mut of_word = [0; MOST_LANES];
                 let first = first + group * I::MR + word * I::KU;
                 for (u, column) in columns.chunks_exact(I::NR).enumerate() {
                     let mut small_of_id = [0.0; MOST_LANES];
-                    for lane in 0..I::NR {
-                        let x = column[lane].abs();
-                        let small = x <= limits[lane];
-                        of_word[lane] |= !small;
-                        small_of_id[lane % I::LANES] += if small { x } else { 0.0 };
-                        small_of_tokens[lane] += if small { x } else { 0.0 };
+                    for start in (0..I::NR).step_by(I::LANES) {
+                        for lane in start..start + I::LANES {
+                            let x = column[lane].abs();
+                            let small = if x <= limits[lane] { x } else { 0.0 };
+                            of_word[lane] |= u32::from(x > limits[lane] || x.is_nan());
+                            small_of_tokens[lane] += small;
+                            small_of_id[lane - start] += small;
+                        }
                     }
                     if let Some(id) = sieve.small_of_ids.get_mut(first + u) {
-                        *id += small_of_id[..I::LANES].iter().map(|&x| f64::from(x)).sum::<f64>();
+                        *id += f64::from(halved::<I>(&mut small_of_id));
                     }
                 }
-                for (tokens, kept) in of_word[..I::NR].chunks_exact(I::MR).enumerate() {
-                    if kept.contains(&true) {
+                if of_word[..I::NR].iter().fold(0, |any, large| any | large) == 0 {
+                    continue;
+                }
+                for (tokens, large) in of_word[..I::NR].chunks_exact(I::MR).enumerate() {
+                    if large.iter().fold(0, |any, large| any | large) != 0 {
                         set(by_token, token_stride, tokens, first / I::KU);
                     }
                 }
@@ -296,8 +289,8 @@ impl<I: Isa> Vectorized<I, ()> for Sift<'_, '_> {
                     of_group[lane] |= of_word[lane];
                 }
             }
-            for (word, kept) in of_group[..I::NR].chunks_exact(I::KU).enumerate() {
-                if kept.contains(&true) {
+            for (word, large) in of_group[..I::NR].chunks_exact(I::KU).enumerate() {
+                if large.iter().fold(0, |any, large| any | large) != 0 {
                     set(&mut sieve.by_column, column_stride, first / I::MR + group, token / I::KU + word);
                 }
             }
@@ -306,4 +299,17 @@ impl<I: Isa> Vectorized<I, ()> for Sift<'_, '_> {
             *total += small;
         }
     }
+}
+
+/// The sum of the first LANES values, a power of two of them.
+#[inline(always)]
+fn halved<I: Isa>(x: &mut Lanes) -> f32 {
+    let mut len = I::LANES;
+    while len > 1 {
+        len /= 2;
+        for i in 0..len {
+            x[i] += x[i + len];
+        }
+    }
+    x[0]
 }

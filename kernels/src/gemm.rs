@@ -4,7 +4,7 @@
 
 use crate::cpu::Isa;
 use crate::filter::Kept;
-use crate::panels::Strides;
+use crate::panels::{self, Strides};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -76,15 +76,6 @@ impl<'a> Output<'a> {
     }
 }
 
-/// All of a packed left operand.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows<'a, P> {
-    pub data: &'a [P],
-    pub strides: Strides,
-    /// The words that count; `None` if all do.
-    pub kept: Option<Kept<'a>>,
-}
-
 /// C = or += left · right panels, of so many words each.
 ///
 /// The right panels of [`Sweep::Rows`] should fit the second-level cache together; of [`Sweep::Panels`], each for itself.
@@ -96,7 +87,7 @@ pub(crate) unsafe fn product<I: Isa>(
     isa: I,
     sweep: Sweep,
     words: usize,
-    left: Rows<I::Packed>,
+    left: (&[I::Packed], Strides),
     right: &[I::Packed],
     c: Output,
     write: Write,
@@ -104,64 +95,165 @@ pub(crate) unsafe fn product<I: Isa>(
     if c.rows == 0 || c.columns == 0 || words == 0 {
         return;
     }
-    let Rows { data, strides: Strides { row, step }, kept } = left;
+    let panel = check::<I>(words, left, right, c);
+    let (data, Strides { row, step }) = left;
+    sweep.tiles::<I>(c, |i, j, next| {
+        // SAFETY: the operands are whole, and nobody else uses C.
+        unsafe {
+            let left = Left { data: data.as_ptr().add(i * row), row, step };
+            micro_tile(isa, words, left, right.as_ptr().add(j / I::NR * panel), c, [i, j], write, next);
+        }
+    });
+}
+
+/// What [`product_of`] gathers the words of its operands in.
+#[derive(Debug)]
+pub(crate) struct Gathered<P> {
+    left: Vec<P>,
+    right: Vec<P>,
+    /// Of all groups, one after the other.
+    words: Vec<usize>,
+    /// Where those of each group begin.
+    starts: Vec<usize>,
+}
+
+impl<P> Default for Gathered<P> {
+    fn default() -> Self {
+        Self { left: Vec::new(), right: Vec::new(), words: Vec::new(), starts: Vec::new() }
+    }
+}
+
+/// As [`product`], of the words that are kept; of all, if nothing says which.
+///
+/// # Safety
+/// Nobody else uses C meanwhile.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+pub(crate) unsafe fn product_of<I: Isa>(
+    kept: Option<Kept>,
+    isa: I,
+    sweep: Sweep,
+    words: usize,
+    left: (&[I::Packed], Strides),
+    right: &[I::Packed],
+    c: Output,
+    write: Write,
+    gathered: &mut Gathered<I::Packed>,
+) {
+    let Some(kept) = kept else {
+        // SAFETY: the caller's promise.
+        return unsafe { product(isa, sweep, words, left, right, c, write) };
+    };
+    if c.rows == 0 || c.columns == 0 || words == 0 {
+        return;
+    }
+    let panel = check::<I>(words, left, right, c);
+    let (data, Strides { row, step }) = left;
+    // Groups that take all their words are left where they lie.
+    gathered.words.clear();
+    gathered.starts.clear();
+    for group in 0..c.rows.div_ceil(I::MR) {
+        gathered.starts.push(gathered.words.len());
+        if kept.count(group, words) < words {
+            gathered.words.extend(kept.words(group));
+        }
+    }
+    gathered.starts.push(gathered.words.len());
+    let word = I::MR * I::KU;
+    let out = panels::grow(&mut gathered.left, gathered.words.len() * word);
+    for (group, bounds) in gathered.starts.windows(2).enumerate() {
+        for (&p, out) in gathered.words[bounds[0]..bounds[1]].iter().zip(out[bounds[0] * word..].chunks_exact_mut(word)) {
+            for (a, out) in out.chunks_exact_mut(I::KU).enumerate() {
+                out.copy_from_slice(&data[(group * I::MR + a) * row + p * step..][..I::KU]);
+            }
+        }
+    }
+    let width = I::NR * I::KU;
+    panels::grow(&mut gathered.right, words * width);
+    sweep.tiles::<I>(c, |i, j, next| {
+        let right = &right[j / I::NR * panel..][..panel];
+        let (start, end) = (gathered.starts[i / I::MR], gathered.starts[i / I::MR + 1]);
+        match kept.count(i / I::MR, words) {
+            0 if write == Write::Add => {}
+            // SAFETY: the operands are whole, and nobody else uses C.
+            all if all == words => unsafe {
+                let left = Left { data: data.as_ptr().add(i * row), row, step };
+                micro_tile(isa, words, left, right.as_ptr(), c, [i, j], write, next);
+            },
+            _ => {
+                for (&p, out) in gathered.words[start..end].iter().zip(gathered.right.chunks_exact_mut(width)) {
+                    out.copy_from_slice(&right[p * width..][..width]);
+                }
+                let left = Left { data: gathered.left[start * word..].as_ptr(), row: I::KU, step: word };
+                // SAFETY: so many words have been gathered of both, and nobody else uses C.
+                unsafe { micro_tile(isa, end - start, left, gathered.right.as_ptr(), c, [i, j], write, next) };
+            }
+        }
+    });
+}
+
+/// That the operands hold what C needs; returns the elements of a right panel.
+#[inline(always)]
+fn check<I: Isa>(words: usize, (data, Strides { row, step }): (&[I::Packed], Strides), right: &[I::Packed], c: Output) -> usize {
     let last = (c.rows.next_multiple_of(I::MR) - 1) * row + (words - 1) * step;
     let panel = words * I::NR * I::KU;
     assert!(last + I::KU <= data.len() && c.columns.div_ceil(I::NR) * panel <= right.len(), "the operands are whole");
-    let micro_tile = |i: usize, j: usize, next: [usize; 2]| {
-        // SAFETY: `last` is where the last row ends, and the last panel ends within `right`.
-        let (left, right) = unsafe { (data.as_ptr().add(i * row), right.as_ptr().add(j / I::NR * panel)) };
-        let (rows, columns) = (I::MR.min(c.rows - i), I::NR.min(c.columns - j));
-        let vectors = columns.div_ceil(I::LANES);
-        // SAFETY: the run is one of the operands' words, and they are whole; for `to`, see below.
-        let multiply = |run: Range<usize>, to: *mut f32, stride: usize, write: Write, next: *const f32| unsafe {
-            let left = Left { data: left.add(run.start * step), row, step };
-            isa.product(run.len(), left, right.add(run.start * I::NR * I::KU), to, stride, vectors, write, next);
-        };
-        // All runs of words after one another; the first of them may replace what is there.
-        let multiply_runs = |to: *mut f32, stride: usize, mut write: Write, next: *const f32| match kept {
-            None => multiply(0..words, to, stride, write, next),
-            Some(kept) => {
-                for run in kept.runs(i / I::MR, words) {
-                    multiply(run, to, stride, std::mem::replace(&mut write, Write::Add), next);
-                }
-                if write == Write::Set {
-                    for (a, b) in (0..I::MR).flat_map(|a| (0..vectors * I::LANES).map(move |b| (a, b))) {
-                        // SAFETY: the micro-tile of `to` is whole.
-                        unsafe { *to.add(a * stride + b) = 0.0 };
+    panel
+}
+
+/// The micro-tile of C at `place`; that at `next` is brought nearer meanwhile.
+///
+/// # Safety
+/// The left operand has MR rows of so many words, and the right panel as many words; `place` lies in C, which nobody else uses.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn micro_tile<I: Isa>(
+    isa: I,
+    words: usize,
+    left: Left<I::Packed>,
+    right: *const I::Packed,
+    c: Output,
+    [i, j]: [usize; 2],
+    write: Write,
+    next: [usize; 2],
+) {
+    let (rows, columns) = (I::MR.min(c.rows - i), I::NR.min(c.columns - j));
+    let vectors = columns.div_ceil(I::LANES);
+    if c.column == 1 && rows == I::MR && columns == vectors * I::LANES {
+        let next = c.pointer.wrapping_add(next[0] * c.row + next[1]);
+        // SAFETY: the operands are whole, and so is the micro-tile of C, which lies in the matrix.
+        unsafe { isa.product(words, left, right, c.pointer.add(i * c.row + j), c.row, vectors, write, next) };
+        return;
+    }
+    let mut scratch = [0.0f32; SCRATCH];
+    let tile = scratch.as_mut_ptr();
+    // SAFETY: the operands are whole, and the scratch is as large as any micro-tile.
+    unsafe { isa.product(words, left, right, tile, I::NR, vectors, Write::Set, tile) };
+    for (a, b) in (0..columns).flat_map(|b| (0..rows).map(move |a| (a, b))) {
+        // SAFETY: the element lies in the matrix, and nobody else uses it.
+        let c = unsafe { &mut *c.pointer.add((i + a) * c.row + (j + b) * c.column) };
+        let sum = scratch[a * I::NR + b];
+        *c = if write == Write::Set { sum } else { *c + sum };
+    }
+}
+
+impl Sweep {
+    /// Calls `tile` with where each micro-tile of C begins, and where the next does.
+    #[inline(always)]
+    fn tiles<I: Isa>(self, c: Output, mut tile: impl FnMut(usize, usize, [usize; 2])) {
+        match self {
+            Sweep::Rows => {
+                for i in (0..c.rows).step_by(I::MR) {
+                    for j in (0..c.columns).step_by(I::NR) {
+                        tile(i, j, if j + I::NR < c.columns { [i, j + I::NR] } else { [i + I::MR, 0] });
                     }
                 }
             }
-        };
-        if c.column == 1 && rows == I::MR && columns == vectors * I::LANES {
-            // The micro-tile of C is whole and lies in the matrix.
-            let (to, next) = (c.pointer.wrapping_add(i * c.row + j), c.pointer.wrapping_add(next[0] * c.row + next[1]));
-            multiply_runs(to, c.row, write, next);
-            return;
-        }
-        // The scratch is as large as any micro-tile.
-        let mut scratch = [0.0f32; SCRATCH];
-        let tile = scratch.as_mut_ptr();
-        multiply_runs(tile, I::NR, Write::Set, tile);
-        for (a, b) in (0..columns).flat_map(|b| (0..rows).map(move |a| (a, b))) {
-            // SAFETY: the element lies in the matrix, and nobody else uses it.
-            let c = unsafe { &mut *c.pointer.add((i + a) * c.row + (j + b) * c.column) };
-            let sum = scratch[a * I::NR + b];
-            *c = if write == Write::Set { sum } else { *c + sum };
-        }
-    };
-    match sweep {
-        Sweep::Rows => {
-            for i in (0..c.rows).step_by(I::MR) {
+            Sweep::Panels => {
                 for j in (0..c.columns).step_by(I::NR) {
-                    micro_tile(i, j, if j + I::NR < c.columns { [i, j + I::NR] } else { [i + I::MR, 0] });
-                }
-            }
-        }
-        Sweep::Panels => {
-            for j in (0..c.columns).step_by(I::NR) {
-                for i in (0..c.rows).step_by(I::MR) {
-                    micro_tile(i, j, if i + I::MR < c.rows { [i + I::MR, j] } else { [0, j + I::NR] });
+                    for i in (0..c.rows).step_by(I::MR) {
+                        tile(i, j, if i + I::MR < c.rows { [i + I::MR, j] } else { [0, j + I::NR] });
+                    }
                 }
             }
         }
@@ -270,9 +362,8 @@ pub(crate) mod tests {
                 ] {
                     let mut c = vec![1000.0; m * n];
                     let output = Output::new(&mut c, [m, n], [row, column]);
-                    let left = Rows { data: &packed, strides, kept: None };
                     // SAFETY: C is this test's own.
-                    unsafe { product(isa, sweep, k.div_ceil(I::KU), left, &panels, output, write) };
+                    unsafe { product(isa, sweep, k.div_ceil(I::KU), (&packed, strides), &panels, output, write) };
                     let before = if write == Write::Add { 1000.0 } else { 0.0 };
                     for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                         assert_eq!(c[i * row + j * column], before + expected(i, j), "{isa:?}, {m} × {n} × {k} at {i}, {j}");

@@ -25,7 +25,7 @@
 
 use crate::cpu::Isa;
 use crate::filter::{ChunkSieve, Filter, Sieve};
-use crate::gemm::{self, Output, Rows, Sweep, Write};
+use crate::gemm::{self, Gathered, Output, Sweep, Write};
 use crate::lanes::{self, PanelCotangent, Prediction};
 use crate::memory;
 use crate::panels::{self, Axis, Operand, PackLeft, PackRight, Packed, Strides};
@@ -100,11 +100,12 @@ struct Scratch<I: Isa> {
     right: Vec<I::Packed>,
     z: Vec<f32>,
     dlogits: Vec<f32>,
+    gathered: Gathered<I::Packed>,
 }
 
 impl<I: Isa> Default for Scratch<I> {
     fn default() -> Self {
-        Self { left: Vec::new(), right: Vec::new(), z: Vec::new(), dlogits: Vec::new() }
+        Self { left: Vec::new(), right: Vec::new(), z: Vec::new(), dlogits: Vec::new(), gathered: Gathered::default() }
     }
 }
 
@@ -282,9 +283,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                 let c = Output::new(z, [rows, columns], [I::NR, 1]);
                 let words = terms.len().div_ceil(I::KU);
                 // SAFETY: `z` is this call's own.
-                unsafe {
-                    gemm::product(self.isa, Sweep::Panels, words, Rows { data: left, strides, kept: None }, right, c, write)
-                };
+                unsafe { gemm::product(self.isa, Sweep::Panels, words, (left, strides), right, c, write) };
                 if i + 1 == block.by_token.len() {
                     let z = &mut z[..chunk.len() * I::NR];
                     self.isa.vectorize(lanes::FinishLogits { options: self.problem.options(), z });
@@ -412,7 +411,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     /// dK = or += dlogits·Q for a chunk, whose dlogits are in `scratch.left`.
     fn d_unembedding(
         &self,
-        scratch: &Scratch<I>,
+        scratch: &mut Scratch<I>,
         by_feature: &[I::Packed],
         tokens: usize,
         dk: Output,
@@ -422,11 +421,11 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         let (stride, part) = self.by_column(tokens, dk.rows().next_multiple_of(I::MR));
         let strides = Strides { row: stride, step: I::KU };
         let words = tokens.div_ceil(I::KU);
+        let kept = sieve.map(ChunkSieve::by_column::<I>);
         for i in 0..self.settings.parts {
-            let left = Rows { data: &scratch.left[i * part..], strides, kept: sieve.map(ChunkSieve::by_column::<I>) };
-            let write = if i == 0 { write } else { Write::Add };
+            let (left, write) = ((&scratch.left[i * part..], strides), if i == 0 { write } else { Write::Add });
             // SAFETY: each chunk's part of dK is its own.
-            unsafe { gemm::product(self.isa, Sweep::Panels, words, left, by_feature, dk, write) };
+            unsafe { gemm::product_of(kept, self.isa, Sweep::Panels, words, left, by_feature, dk, write, &mut scratch.gathered) };
         }
     }
 
@@ -464,13 +463,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                     }
                     let by_token = as_packed_ref::<I::Packed>(z);
                     let first = (rows.start - p * I::NR) * I::KU;
-                    let kept = kept.map(|kept| kept.from_group(rows.start / I::MR));
+                    let kept = kept.map(|kept| kept.starting_at(rows.start / I::MR));
                     let c = dq.part(rows, columns.clone());
                     for part in 0..parts {
-                        let words = chunk.len().div_ceil(I::KU);
-                        let left = Rows { data: &by_token[part * word + first..], strides, kept };
+                        let (words, left) = (chunk.len().div_ceil(I::KU), (&by_token[part * word + first..], strides));
+                        let (right, gathered) = (&scratch.right, &mut scratch.gathered);
                         // SAFETY: the tiles of dQ are disjoint.
-                        unsafe { gemm::product(self.isa, Sweep::Rows, words, left, &scratch.right, c, Write::Add) };
+                        unsafe { gemm::product_of(kept, self.isa, Sweep::Rows, words, left, right, c, Write::Add, gathered) };
                     }
                 }
             }
