@@ -76,6 +76,8 @@ pub(crate) struct Sinks<'a, 'g> {
     pub d_unembedding: Option<(&'a mut [f32], Write)>,
     /// What to leave out.
     pub filter: Option<&'a mut Filter>,
+    /// For logits; it grows to what is needed.
+    pub workspace: &'a mut Vec<f32>,
 }
 
 /// One problem on one instruction set.
@@ -172,10 +174,10 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     /// Fills the sinks, given every token's lse.
     pub fn backward(self, lse: &[f32], cotangents: Cotangents, mut sinks: Sinks) {
         let plan = self.striped();
-        let mut z = self.workspace(plan);
+        self.reserve(plan, &mut sinks);
         for tokens in self.active.chunks(plan.tokens.max(1)) {
             let lse: Vec<f32> = tokens.iter().map(|&n| lse[n]).collect();
-            self.gradients(&self.block(tokens), plan, &lse, cotangents, false, &mut z, &mut sinks);
+            self.gradients(&self.block(tokens), plan, &lse, cotangents, false, &mut sinks);
         }
     }
 
@@ -183,13 +185,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     pub fn partials_and_backward(self, cotangents: Cotangents, mut sinks: Sinks) -> Vec<(usize, TokenPartial)> {
         let whole = self.whole_rows();
         let plan = whole.unwrap_or_else(|| self.striped());
-        let mut z = self.workspace(plan);
+        self.reserve(plan, &mut sinks);
         let mut all = Vec::with_capacity(self.active.len());
         for tokens in self.active.chunks(plan.tokens.max(1)) {
             let block = self.block(tokens);
-            let partials = self.block_partials(&block, if whole.is_some() { &mut z } else { &mut [] });
+            let partials = self.block_partials(&block, if whole.is_some() { sinks.workspace } else { &mut [] });
             let lse: Vec<f32> = partials.iter().map(|p| p.loss_and_lse(self.problem).1).collect();
-            self.gradients(&block, plan, &lse, cotangents, whole.is_some(), &mut z, &mut sinks);
+            self.gradients(&block, plan, &lse, cotangents, whole.is_some(), &mut sinks);
             all.extend(partials);
         }
         self.by_token(all)
@@ -199,8 +201,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         self.active.into_iter().zip(rows).collect()
     }
 
-    fn workspace(&self, plan: Plan) -> Vec<f32> {
-        memory::zeros(plan.tokens.next_multiple_of(I::NR) * plan.stripe)
+    fn reserve(&self, plan: Plan, sinks: &mut Sinks) {
+        let len = plan.tokens.next_multiple_of(I::NR) * plan.stripe;
+        if sinks.workspace.len() < len {
+            // What is there goes first, so that there is never more than the larger of the two.
+            *sinks.workspace = Vec::new();
+            *sinks.workspace = memory::zeros(len);
+        }
     }
 
     fn block<'t>(&self, tokens: &'t [usize]) -> Block<'t, I> {
@@ -294,17 +301,8 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     }
 
     /// The gradients of one block, given its tokens' lse; `resident` if its logits are in the workspace.
-    #[allow(clippy::too_many_arguments)]
-    fn gradients(
-        &self,
-        block: &Block<I>,
-        plan: Plan,
-        lse: &[f32],
-        cotangents: Cotangents,
-        resident: bool,
-        workspace: &mut [f32],
-        sinks: &mut Sinks,
-    ) {
+    fn gradients(&self, block: &Block<I>, plan: Plan, lse: &[f32], cotangents: Cotangents, resident: bool, sinks: &mut Sinks) {
+        let workspace = &mut sinks.workspace[..];
         let d = self.problem.shape().hidden;
         let tokens = block.tokens;
         let panels = tokens.chunks(I::NR).zip(lse.chunks(I::NR));
