@@ -229,11 +229,16 @@ unsafe fn micro_tile<I: Isa>(
     let tile = scratch.as_mut_ptr();
     // SAFETY: the operands are whole, and the scratch is as large as any micro-tile.
     unsafe { isa.product(words, left, right, tile, I::NR, vectors, Write::Set, tile) };
-    for (a, b) in (0..columns).flat_map(|b| (0..rows).map(move |a| (a, b))) {
-        // SAFETY: the element lies in the matrix, and nobody else uses it.
-        let c = unsafe { &mut *c.pointer.add((i + a) * c.row + (j + b) * c.column) };
-        let sum = scratch[a * I::NR + b];
-        *c = if write == Write::Set { sum } else { *c + sum };
+    for b in 0..columns {
+        let column = c.pointer.wrapping_add(i * c.row + (j + b) * c.column);
+        let put = |a: usize| {
+            // SAFETY: the element lies in the matrix, and nobody else uses it.
+            let c = unsafe { &mut *column.add(a * c.row) };
+            let sum = scratch[a * I::NR + b];
+            *c = if write == Write::Set { sum } else { *c + sum };
+        };
+        // The number of rows of a whole micro-tile is known when this is compiled.
+        if rows == I::MR { (0..I::MR).for_each(put) } else { (0..rows).for_each(put) }
     }
 }
 
