@@ -13,9 +13,12 @@ mod error;
 pub mod explain;
 pub mod fault;
 pub mod hypotheses;
+mod owners;
+mod pattern;
 mod recorded;
 pub mod sampling;
 pub mod synth;
+mod tiling;
 pub mod truth;
 
 pub use error::DiffError;
@@ -32,7 +35,9 @@ use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Floor, Tolerance};
 use fused_xent_kernels::problem::{Label, Sample};
+use ndarray::{Array2, Axis};
 use sampling::Sampling;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
@@ -188,7 +193,7 @@ fn judge_step(
         progress.advance(1);
     }
     let over_step = whole && judged.len() == loaded.len();
-    let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
+    let view = View { dumped, step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
     let candidates = match &settings.candidates[..] {
         [] => &[Candidate::Recorded, Candidate::Cpu(Kernel::from_environment()?)],
@@ -213,6 +218,8 @@ fn problem_error(step: u64, microbatch: usize, source: fused_xent_kernels::probl
 
 /// One step with its truth.
 struct View<'a> {
+    /// Which process wrote what.
+    dumped: &'a dump::Step,
     step: &'a Step<'a>,
     truths: &'a [Option<Truth>],
     /// Places in `step.microbatches` that are judged.
@@ -286,8 +293,11 @@ impl View<'_> {
                 .map(|(&stage, values)| {
                     let reference = outcome.stage(stage);
                     let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
-                    let context = self.context(m, stage, values.precision, &tolerance, &labels);
-                    compare(&context, values.values.view(), reference.view())
+                    let owners = owners::owners(self.dumped, self.step.microbatches[m].index, stage);
+                    let context = self.context(m, stage, values.precision, &tolerance, &labels, &owners);
+                    let mut tensor = compare(&context, values.values.view(), reference.view());
+                    pattern::blame_input(&mut tensor, std::iter::once(problem));
+                    tensor
                 })
                 .collect();
             if produced.accumulated.is_some() {
@@ -301,11 +311,19 @@ impl View<'_> {
             });
             all_labels.extend(labels);
         }
+        pattern::over_microbatches(&mut microbatches);
         let accumulated = produced.accumulated.as_ref().zip(total).map(|(values, total)| {
             let tolerance = total.tolerance(values.precision);
             let stage = Stage::AccumulatedDUnembedding;
-            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels);
-            let tensor = compare(&context, values.values.view(), total.value.view());
+            let owners = owners::owners(self.dumped, self.step.microbatches[self.judged[0]].index, stage);
+            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels, &owners);
+            let mut tensor = compare(&context, values.values.view(), total.value.view());
+            pattern::blame_input(&mut tensor, self.judged.iter().map(|&m| &self.step.microbatches[m].problem));
+            if tensor.pattern.is_some() {
+                let rows = pattern::some_rows(values.values.nrows());
+                let parts: Vec<_> = self.judged.iter().map(|&m| self.share_of_step(m, &rows)).collect();
+                pattern::factors_of_microbatches(&mut tensor, &tolerance, values.values.view(), &rows, &parts);
+            }
             let grad_norm = context.rows.is_none().then(|| grad_norm(values, &total, &tolerance));
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
@@ -332,6 +350,14 @@ impl View<'_> {
         })
     }
 
+    /// What microbatch `m` adds to these rows of the accumulated dK.
+    fn share_of_step(&self, m: usize, rows: &[usize]) -> Array2<f64> {
+        let own = self.truth(m).outcome.stage(Stage::DUnembedding).select(Axis(0), rows);
+        let mut share = Array2::zeros(own.dim());
+        counterfactual::Counterfactual::default().accumulate(self.step, m, &own, &mut share);
+        share
+    }
+
     fn context<'a>(
         &'a self,
         m: usize,
@@ -339,10 +365,11 @@ impl View<'_> {
         precision: Precision,
         tolerance: &'a Tolerance,
         labels: &'a [Option<usize>],
+        owners: &'a [(Range<usize>, usize)],
     ) -> Context<'a> {
         let shape = self.step.microbatches[m].problem.shape();
         let of = if stage.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
-        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of }
+        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of, owners }
     }
 
     fn sample(&self) -> Option<SampleReport> {

@@ -3,6 +3,7 @@
 pub mod html;
 pub mod json;
 pub mod model;
+mod pattern;
 mod summary;
 pub mod terminal;
 pub mod text;
