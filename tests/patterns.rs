@@ -161,6 +161,14 @@ fn every_so_many_tiles() {
 }
 
 #[test]
+fn tokens_whose_label_is_at_the_edge_of_a_tile() {
+    let case = Case::new(2);
+    let at_edge = |row: usize| case.labels[row].is_some_and(|label| label % 32 == 0);
+    let found = case.dq(noise(at_edge, 100.0));
+    assert_eq!((found.kind.as_str(), found.tile, found.offset), ("label_tile", Some(32), Some([0, 1])), "{found:?}");
+}
+
+#[test]
 fn a_tail_and_the_tiles_that_end_there() {
     let case = Case::new(3);
     let found = case.dk(noise(|row| row >= 768, 20.0));

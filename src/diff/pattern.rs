@@ -10,6 +10,7 @@ use crate::report::model::{BadInput, MicrobatchReport, Pattern, TensorReport, Ve
 use fused_xent_kernels::floor::Tolerance;
 use fused_xent_kernels::problem::{Floats, Layout, Problem};
 use ndarray::{Array2, ArrayView2, Axis};
+use std::collections::BTreeSet;
 
 /// A share of the squared error that counts as all of it.
 const NEARLY_ALL: f64 = 0.98;
@@ -244,15 +245,14 @@ impl<'a> Profile<'a> {
             let reference = self.rows.reference[row];
             if reference > 0.0 { self.rows.product[row] / reference } else { 1.0 }
         };
-        let (mut left, mut floor, mut total) = (0.0, 0.0, 0.0);
-        for &row in rows {
+        let fits = |&&row: &&usize| {
             let alpha = of(row);
-            left += (self.rows.candidate[row] - alpha * self.rows.product[row]).max(0.0);
-            floor += self.floor[row] * alpha.powi(2).max(1.0);
-            total += self.rows.deviation[row];
-        }
-        let fits = left <= (1.0 - NEARLY_ALL) * total || left <= RATIO_LIMIT * RATIO_LIMIT * floor && left < 0.5 * total;
-        (None, fits.then(|| extent(rows.iter().map(|&row| of(row))).into()))
+            let left = self.rows.candidate[row] - alpha * self.rows.product[row];
+            left <= (1.0 - NEARLY_ALL) * self.rows.deviation[row]
+                || left <= (RATIO_LIMIT * alpha.abs().max(1.0)).powi(2) * self.floor[row]
+        };
+        let fitting = rows.iter().filter(fits).count();
+        (None, (fitting * 10 >= rows.len() * 9).then(|| extent(rows.iter().map(|&row| of(row))).into()))
     }
 
     /// Rows in which the candidate has nothing.
@@ -271,7 +271,8 @@ impl<'a> Profile<'a> {
     /// The shape of the rows that hold nearly all of `weight`.
     fn shape(&self, weight: &[f64]) -> Option<Pattern> {
         let held = rows_that_hold(weight);
-        if held.is_empty() || 4 * held.len() > 3 * self.live.len() { None } else { self.shape_of(&held) }
+        let few = !held.is_empty() && 4 * held.len() <= 3 * self.live.len();
+        few.then(|| self.shape_of(&held)).flatten().filter(|pattern| pattern.share > 0.5)
     }
 
     fn shape_of(&self, held: &[usize]) -> Option<Pattern> {
@@ -280,6 +281,15 @@ impl<'a> Profile<'a> {
             .or_else(|| self.label_rows(held))
             .or_else(|| self.range(held))
             .or_else(|| self.tiles(held))
+            .or_else(|| self.label_tiles(held))
+    }
+
+    /// Whether a row is as bad as these, within a factor of ten: where all rows are above the floor, a shape shows by its size.
+    fn as_bad_as(&self, held: &[usize]) -> impl Fn(usize) -> bool {
+        let mut weights: Vec<f64> = held.iter().map(|&row| self.weight[row]).collect();
+        let middle = weights.len() / 2;
+        let median = *weights.select_nth_unstable_by(middle, f64::total_cmp).1;
+        move |row| self.bad(row) && self.weight[row] * CAP >= median
     }
 
     /// Rows of masked tokens.
@@ -306,11 +316,12 @@ impl<'a> Profile<'a> {
         }
         let first = context.owner(held[0])?;
         let (rows, process) = owned.into_iter().find(|(_, process)| *process == first)?;
+        let bad = self.as_bad_as(held);
         let at_edge = rows.len().div_ceil(100);
-        let whole =
-            rows[..at_edge].iter().any(|&row| self.bad(row)) && rows[rows.len() - at_edge..].iter().any(|&row| self.bad(row));
-        let broad = rows.iter().filter(|&&row| self.bad(row)).count() * 2 >= rows.len();
-        if !(whole && broad && held.iter().all(|&row| context.owner(row) == Some(process))) {
+        let whole = rows[..at_edge].iter().any(|&row| bad(row)) && rows[rows.len() - at_edge..].iter().any(|&row| bad(row));
+        let inside = rows.iter().filter(|&&row| bad(row)).count();
+        let all = self.live.iter().filter(|&&row| bad(row)).count();
+        if !(whole && inside * 2 >= rows.len() && (all - inside) * 100 <= inside) {
             return None;
         }
         Some(Pattern { process: Some(process), ..self.in_rows("process", &rows) })
@@ -336,15 +347,16 @@ impl<'a> Profile<'a> {
     fn range(&self, held: &[usize]) -> Option<Pattern> {
         let place = |row: usize| self.live.binary_search(&row).ok();
         let (mut from, mut to) = (place(held[0])?, place(*held.last()?)?);
-        while from > 0 && self.bad(self.live[from - 1]) {
+        let bad = self.as_bad_as(held);
+        while from > 0 && bad(self.live[from - 1]) {
             from -= 1;
         }
-        while to + 1 < self.live.len() && self.bad(self.live[to + 1]) {
+        while to + 1 < self.live.len() && bad(self.live[to + 1]) {
             to += 1;
         }
         let run = &self.live[from..=to];
-        let bad = run.iter().filter(|&&row| self.bad(row)).count();
-        if run.len() < 2 || bad * 10 < run.len() * 9 || run.len() * 4 > self.live.len() * 3 {
+        let filled = run.iter().filter(|&&row| bad(row)).count();
+        if run.len() < 2 || filled * 10 < run.len() * 9 || run.len() * 4 > self.live.len() * 3 {
             return None;
         }
         // Rows that are 0 by right, or not compared, may belong to the run or not.
@@ -367,16 +379,22 @@ impl<'a> Profile<'a> {
     /// The same rows of every tile, or every so many tiles.
     fn tiles(&self, held: &[usize]) -> Option<Pattern> {
         let weighed: Vec<(usize, f64)> = held.iter().map(|&row| (self.context.row(row), self.weight[row].min(CAP))).collect();
-        let Fold { period, window } = tiling::periodic(&weighed, self.context.of)?;
-        let within = self.bad_rows(|row| window.contains(&(self.context.row(row) % period)));
-        let length = window.len();
-        let whole = length >= tiling::SMALLEST && period.is_multiple_of(length) && window.start.is_multiple_of(length);
-        let (tile, every, offset) = if whole {
-            (length, Some([period / length, window.start / length]), None)
-        } else {
-            (period, None, Some([window.start, window.end]))
-        };
-        Some(Pattern { tile: Some(tile), every, offset, ..self.in_rows(self.tile_name(), &within) })
+        let fold = tiling::periodic(&weighed, self.context.of)?;
+        let within = self.bad_rows(|row| fold.contains(self.context.row(row)));
+        Some(in_fold(fold, self.in_rows(self.tile_name(), &within)))
+    }
+
+    /// Tokens whose labels lie in the same place of every vocab tile.
+    fn label_tiles(&self, held: &[usize]) -> Option<Pattern> {
+        if self.context.stage.rows_are() != RowsAre::Tokens {
+            return None;
+        }
+        let label = |row: usize| self.context.labels.get(self.context.row(row)).copied().flatten();
+        let labels: BTreeSet<usize> = held.iter().filter_map(|&row| label(row)).collect();
+        let vocab = 1 + self.context.labels.iter().flatten().max()?;
+        let fold = tiling::periodic(&labels.into_iter().map(|label| (label, 1.0)).collect::<Vec<_>>(), vocab)?;
+        let within = self.bad_rows(|row| label(row).is_some_and(|label| fold.contains(label)));
+        Some(in_fold(fold, self.in_rows("label_tile", &within)))
     }
 
     fn tile_name(&self) -> &'static str {
@@ -396,7 +414,8 @@ impl<'a> Profile<'a> {
     /// Few rows without a shape.
     fn few_rows(&self) -> Option<Pattern> {
         let held = rows_that_hold(&self.weight);
-        (!held.is_empty() && held.len() * 4 < self.live.len()).then(|| self.in_rows("rows", &held))
+        let few = !held.is_empty() && held.len() * 4 < self.live.len();
+        few.then(|| self.in_rows("rows", &held)).filter(|pattern| pattern.share > 0.5)
     }
 
     /// An error that grows with the hits of a label's row.
@@ -434,6 +453,15 @@ impl<'a> Profile<'a> {
         let error = ((yy - slope * xy).max(0.0) / ((n - 2.0) * xx)).sqrt();
         (n >= FEWEST && xx > 0.0 && SURE * error < slope.abs().max(0.25)).then_some(slope)
     }
+}
+
+/// `pattern` with the tile that `fold` shows.
+fn in_fold(Fold { period, window }: Fold, pattern: Pattern) -> Pattern {
+    let length = window.len();
+    if length >= tiling::SMALLEST && period.is_multiple_of(length) && window.start.is_multiple_of(length) {
+        return Pattern { tile: Some(length), every: Some([period / length, window.start / length]), ..pattern };
+    }
+    Pattern { tile: Some(period), offset: Some([window.start, window.end]), ..pattern }
 }
 
 /// An error in few columns, whatever the row.

@@ -34,6 +34,12 @@ pub(super) struct Fold {
     pub window: Range<usize>,
 }
 
+impl Fold {
+    pub fn contains(&self, row: usize) -> bool {
+        self.window.contains(&(row % self.period))
+    }
+}
+
 /// The period under which the weighed rows of a tensor of `of` rows fall together best, if that is no accident.
 pub(super) fn periodic(weighed: &[(usize, f64)], of: usize) -> Option<Fold> {
     /// e⁻¹⁴: how probable an accident may be, for each place and period.
@@ -51,7 +57,7 @@ pub(super) fn periodic(weighed: &[(usize, f64)], of: usize) -> Option<Fold> {
         let mut periods: Vec<usize> =
             weighed.iter().filter(|(row, _)| window.contains(&(row % period))).map(|(row, _)| row / period).collect();
         periods.dedup();
-        let spread = periods.len() >= 2.max(of / period / 4);
+        let spread = periods.len() > 2;
         if window.len() * 2 <= period && spread && gain > 0.0 && best.as_ref().is_none_or(|(most, _)| gain > *most) {
             best = Some((gain, Fold { period, window }));
         }

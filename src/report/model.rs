@@ -197,7 +197,7 @@ pub struct Worst {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Pattern {
     /// `uniform`, `scale`, `microbatch_scale`, `row_scale`, `zero_rows`, `masked_rows`, `process`, `label_rows`, `hits`, `tail`,
-    /// `vocab_tile`, `token_tile`, `rows`, `columns`, `nonfinite`.
+    /// `vocab_tile`, `token_tile`, `label_tile`, `rows`, `columns`, `nonfinite`.
     pub kind: String,
     /// The share of the squared error that the pattern holds: of that above the floor, where it is one of rows.
     pub share: f64,

@@ -21,6 +21,7 @@ pub(super) fn words(pattern: &Pattern, stage: &str) -> String {
         "process" => format!("lies in what process {} holds", pattern.process.unwrap_or(0)),
         "tail" => "lies in the last rows".to_owned(),
         "vocab_tile" | "token_tile" => in_tiles(pattern, tile),
+        "label_tile" => in_tiles(pattern, "vocab tile").replacen("lies in", "lies in tokens whose label is in", 1),
         "zero_rows" => "is that rows are zero".to_owned(),
         "scale" => "is a constant factor".to_owned(),
         "row_scale" => "is a factor per row".to_owned(),
