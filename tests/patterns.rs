@@ -317,3 +317,41 @@ fn an_input_that_is_not_finite_is_to_blame() {
     let input = pattern.input.as_ref().unwrap();
     assert_eq!((pattern.origin, input.tensor, input.index, input.value.as_str()), (Some("bad_in"), "hidden", [5, 3], "NaN"));
 }
+
+#[test]
+fn the_tiles_of_the_logits_that_a_gradient_lacks_are_mapped() {
+    let found = planted("vocab-tail-dropped:tile=64", SynthOptions { microbatches: 1, ..SynthOptions::default() });
+    let crossing = found.crossing.unwrap();
+    assert_eq!((crossing.tile, crossing.of, crossing.maps.len()), ([4, 16], [90, 200], 2));
+    let across = crossing.of[1].div_ceil(crossing.tile[1]);
+    for map in &crossing.maps {
+        assert!(map.explained > 0.99, "{} {}", map.stage, map.explained);
+        let row = |ratio: &[f32]| ratio[12..].iter().sum::<f32>() > 20.0 * ratio[..12].iter().sum::<f32>();
+        let telling: Vec<_> = map.ratio.chunks(across).filter(|ratio| ratio.iter().any(|r| *r > 3.0)).collect();
+        assert!(telling.len() > 10 && telling.iter().all(|ratio| row(ratio)), "{} {:?}", map.stage, map.ratio);
+    }
+    let healthy = tempfile::tempdir().unwrap();
+    synth(healthy.path(), &SynthOptions { tokens: 90, hidden: 16, vocab: 200, ..SynthOptions::default() }, &()).unwrap();
+    assert!(recorded(healthy.path()).crossing.is_none());
+}
+
+#[test]
+fn figures_are_bounded_whatever_the_size() {
+    let case = Case::new(10);
+    let found = case.pattern(1, &[], noise(|row| row >= 768, 20.0));
+    assert_eq!(found.kind, "tail");
+    let plots = case.compare(1, &[(0..500, 0), (500..V, 1)], noise(|row| row >= 768, 20.0)).plots.unwrap();
+    assert!(plots.profile.len() <= 256 && plots.hits.len() <= 600 && plots.magnitude.len() <= 64);
+    for span in &plots.profile {
+        assert_eq!(span.ratio > 2.0, span.rows[0] >= 768, "{span:?}");
+        assert!(span.worst >= span.ratio);
+    }
+    assert_eq!(plots.profile.last().unwrap().rows[1], V);
+    let [first, second] = [0, 1].map(|process| plots.processes[process].ratio);
+    assert!((0.9..1.1).contains(&first) && second > 2.0, "{first} {second}");
+    let counted: usize = plots.magnitude.iter().map(|bin| bin.count).sum();
+    assert_eq!(counted, V * D);
+    assert!(plots.worst.len() == 6 && plots.worst.iter().all(|worst| worst.index[0] >= 768));
+    let errors: Vec<f64> = plots.worst.iter().map(|worst| (worst.candidate - worst.reference).abs()).collect();
+    assert!(errors.is_sorted_by(|a, b| a >= b), "{errors:?}");
+}

@@ -1,6 +1,7 @@
 //! One tensor against its reference: figures, verdict and the pattern of the error.
 
 use super::pattern::{self, pattern};
+use super::plots::plots;
 use super::truth::{RowsAre, Stage};
 use crate::report::model::{TensorReport, Verdict, Worst};
 use fused_xent_kernels::contract::Precision;
@@ -107,6 +108,7 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
         zero_tail: rows.zero_tail(context),
         sampled_from: context.rows.map(|_| context.of),
         pattern,
+        plots: Some(Box::new(plots(context, &rows, candidate, reference))),
     }
 }
 
@@ -198,7 +200,8 @@ fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2
     (worst, out_of_bound, nonfinite)
 }
 
-fn place(context: &Context, [row, column]: [usize; 2]) -> String {
+/// An element in words.
+pub(super) fn place(context: &Context, [row, column]: [usize; 2]) -> String {
     let row = match context.stage.rows_are() {
         RowsAre::VocabIds => format!("vocab id {row}"),
         RowsAre::Tokens => match context.labels.get(row).copied().flatten() {

@@ -9,12 +9,14 @@ pub mod candidate;
 pub mod compare;
 pub mod counterfactual;
 mod cpu;
+mod crossing;
 mod error;
 pub mod explain;
 pub mod fault;
 pub mod hypotheses;
 mod owners;
 mod pattern;
+mod plots;
 mod recorded;
 pub mod sampling;
 pub mod synth;
@@ -28,6 +30,7 @@ use crate::report::model::{
     AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
     SampleReport, TensorReport, Verdict,
 };
+use crate::report::plots::{Crossing, Presence};
 use candidate::Produced;
 use compare::{Context, compare};
 use counterfactual::{Microbatch, Step};
@@ -193,7 +196,8 @@ fn judge_step(
         progress.advance(1);
     }
     let over_step = whole && judged.len() == loaded.len();
-    let view = View { dumped, step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
+    let presence = presence(run, dumped);
+    let view = View { dumped, presence, step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
     let candidates = match &settings.candidates[..] {
         [] => &[Candidate::Recorded, Candidate::Cpu(Kernel::from_environment()?)],
@@ -220,6 +224,8 @@ fn problem_error(step: u64, microbatch: usize, source: fused_xent_kernels::probl
 struct View<'a> {
     /// Which process wrote what.
     dumped: &'a dump::Step,
+    /// Which processes committed which microbatches.
+    presence: Presence,
     step: &'a Step<'a>,
     truths: &'a [Option<Truth>],
     /// Places in `step.microbatches` that are judged.
@@ -271,6 +277,7 @@ impl View<'_> {
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
+        report.crossing = self.crossing(produced, &report);
         report.findings = if report.sample.is_some() { case.unexplained() } else { case.explain(self.progress) };
         Ok(report)
     }
@@ -347,7 +354,24 @@ impl View<'_> {
             accumulated,
             first_divergence,
             findings: vec![],
+            crossing: None,
+            presence: self.presence.clone(),
         })
+    }
+
+    /// Where in the logits the worst of the gradients' errors comes from.
+    fn crossing(&self, produced: &Produced, report: &CandidateReport) -> Option<Crossing> {
+        let gradients = [Stage::DHidden, Stage::DUnembedding];
+        let tensor = |place: usize, stage: Stage| report.microbatches[place].tensors.iter().find(|t| t.name == stage.name());
+        let badness = |place: usize| {
+            let bad = gradients.iter().filter_map(|&stage| tensor(place, stage)).filter(|t| t.verdict == Verdict::Diverge);
+            bad.map(|t| if t.nonfinite == 0 { t.ratio } else { f64::NAN }).reduce(f64::max)
+        };
+        let places = (0..self.judged.len()).filter_map(|place| Some((place, badness(place).filter(|bad| bad.is_finite())?)));
+        let (place, _) = places.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        let (m, stages) = (self.judged[place], &produced.microbatches[place]);
+        let floors = gradients.map(|stage| tensor(place, stage).and_then(|t| t.noise_floor));
+        self.truth(m).sample.is_none().then(|| crossing::crossing(self.step, m, self.truth(m), stages, floors))
     }
 
     /// What microbatch `m` adds to these rows of the accumulated dK.
@@ -377,6 +401,13 @@ impl View<'_> {
         let most = |rows: fn(&Sample) -> &[usize]| samples().map(|sample| rows(sample).len()).max();
         Some(SampleReport { token_rows: most(Sample::tokens)?, vocab_rows: most(Sample::ids)? })
     }
+}
+
+fn presence(run: &Run, dumped: &dump::Step) -> Presence {
+    let torn = dumped.incomplete.iter().filter_map(|lack| lack.microbatch).zip(&dumped.torn);
+    let folders = dumped.microbatches.iter().map(|(&m, folder)| (m, folder)).chain(torn);
+    let absent = folders.flat_map(|(m, folder)| folder.absent().map(move |process| [process, m])).collect();
+    Presence { processes: run.process_count, microbatches: dumped.num_microbatches, absent }
 }
 
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.

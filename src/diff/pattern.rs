@@ -134,7 +134,7 @@ pub(super) fn factors_of_microbatches(
 }
 
 /// Gaussian elimination of a symmetric positive matrix; `None` if it is (nearly) singular.
-fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Option<Vec<f64>> {
+pub(super) fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Option<Vec<f64>> {
     let n = b.len();
     let diagonal: Vec<f64> = (0..n).map(|i| a[i][i]).collect();
     for i in 0..n {

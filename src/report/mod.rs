@@ -1,9 +1,11 @@
 //! Results and how they are shown: one plain result struct ([`model`]), and what is rendered from it.
 
+mod figures;
 pub mod html;
 pub mod json;
 pub mod model;
 mod pattern;
+pub mod plots;
 mod summary;
 pub mod terminal;
 pub mod text;

@@ -2,6 +2,7 @@
 //!
 //! Field names are those of the JSON report (`docs/report.md`).
 
+use super::plots::{Crossing, Plots, Presence};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -70,6 +71,12 @@ pub struct CandidateReport {
     pub first_divergence: Option<Divergence>,
     /// What explains the divergence, best first.
     pub findings: Vec<Finding>,
+    /// Where in the logits it comes from, drawn on the page.
+    #[serde(skip)]
+    pub crossing: Option<Crossing>,
+    /// Which processes committed which microbatches, drawn on the page.
+    #[serde(skip)]
+    pub presence: Presence,
 }
 
 /// How much of the gradients a sample holds.
@@ -178,6 +185,9 @@ pub struct TensorReport {
     /// How the error lies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,
+    /// What the page draws of it.
+    #[serde(skip)]
+    pub plots: Option<Box<Plots>>,
 }
 
 /// An element and both its values.
