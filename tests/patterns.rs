@@ -326,9 +326,9 @@ fn the_tiles_of_the_logits_that_a_gradient_lacks_are_mapped() {
     let across = crossing.of[1].div_ceil(crossing.tile[1]);
     for map in &crossing.maps {
         assert!(map.explained > 0.99, "{} {}", map.stage, map.explained);
-        let row = |ratio: &[f32]| ratio[12..].iter().sum::<f32>() > 20.0 * ratio[..12].iter().sum::<f32>();
         let telling: Vec<_> = map.ratio.chunks(across).filter(|ratio| ratio.iter().any(|r| *r > 3.0)).collect();
-        assert!(telling.len() > 10 && telling.iter().all(|ratio| row(ratio)), "{} {:?}", map.stage, map.ratio);
+        let last = |ratio: &[f32]| ratio[12] > 3.0 && ratio[..12].iter().all(|other| *other < 1.5);
+        assert!(telling.len() >= 5 && telling.iter().all(|ratio| last(ratio)), "{} {:?}", map.stage, map.ratio);
     }
     let healthy = tempfile::tempdir().unwrap();
     synth(healthy.path(), &SynthOptions { tokens: 90, hidden: 16, vocab: 200, ..SynthOptions::default() }, &()).unwrap();

@@ -137,6 +137,7 @@ pub fn judge(path: &Path, settings: &Settings, progress: &dyn Progress) -> Resul
         },
         candidates,
         warnings,
+        baseline: None,
     })
 }
 

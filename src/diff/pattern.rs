@@ -141,12 +141,11 @@ pub(super) fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Option<Vec<f64>> {
         if a[i][i] <= 1e-9 * diagonal[i] || diagonal[i] == 0.0 {
             return None;
         }
-        for row in i + 1..n {
-            let factor = a[row][i] / a[i][i];
-            for column in i..n {
-                a[row][column] -= factor * a[i][column];
-            }
-            b[row] -= factor * b[i];
+        let (above, below) = a.split_at_mut(i + 1);
+        for (row, value) in below.iter_mut().zip(i + 1..n) {
+            let factor = row[i] / above[i][i];
+            row[i..].iter_mut().zip(&above[i][i..]).for_each(|(x, pivot)| *x -= factor * pivot);
+            b[value] -= factor * b[i];
         }
     }
     for i in (0..n).rev() {

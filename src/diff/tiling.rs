@@ -11,7 +11,7 @@ const MOST: usize = 6;
 fn sizes(of: usize, unusual: usize) -> impl Iterator<Item = usize> {
     let powers = |of: usize| (3..usize::BITS).map(|i| 1usize << i).take_while(move |&size| size < of);
     let usual = powers(of).chain(powers(of).map(|size| 3 * size).filter(move |&size| size < of));
-    let other = |size: &usize| !size.is_power_of_two() && !(size.is_multiple_of(3) && (size / 3).is_power_of_two());
+    let other = |size: &usize| !(size.is_power_of_two() || size.is_multiple_of(3) && (size / 3).is_power_of_two());
     usual.chain((1..).map(|i| 16 * i).take_while(move |&size| size < unusual).filter(other))
 }
 

@@ -1,5 +1,6 @@
 //! The report as one self-contained HTML file: no script, nothing fetched, light and dark by the reader's preference.
 
+use super::baseline::{self, Change, Comparison};
 use super::figures::{self, Tile};
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict, Worst};
 use super::summary::{self, Cell, Rung};
@@ -41,11 +42,11 @@ fn mark(verdict: Verdict) -> String {
     format!("<span class=\"{}\">{sign}</span>", class(verdict))
 }
 
-/// The page that shows `reports`, one after the other.
-pub fn render(reports: &[Report]) -> String {
+/// The page that shows `reports`, one after the other; `not_judged` are the dumps that only a baseline has.
+pub fn render(reports: &[Report], not_judged: &[&str]) -> String {
     let mut out = HEAD.to_owned();
-    if reports.len() > 1 {
-        overview(&mut out, reports).expect("writing to a string does not fail");
+    if reports.len() > 1 || !not_judged.is_empty() {
+        overview(&mut out, reports, not_judged).expect("writing to a string does not fail");
     }
     for (place, report) in reports.iter().enumerate() {
         page(&mut out, report, place).expect("writing to a string does not fail");
@@ -54,12 +55,15 @@ pub fn render(reports: &[Report]) -> String {
 }
 
 /// Which of several dumps diverge, with links to each.
-fn overview(out: &mut String, reports: &[Report]) -> std::fmt::Result {
+fn overview(out: &mut String, reports: &[Report], not_judged: &[&str]) -> std::fmt::Result {
     let worst = reports.iter().map(|report| report.verdict).max().unwrap_or(Verdict::Agree);
     writeln!(out, "<h1 class=\"{}\">{}</h1>\n<ul>", class(worst), summary::how_many(reports))?;
     for (place, report) in reports.iter().enumerate() {
         let (mark, path, causes) = (mark(report.verdict), escape(&report.dump.path), escape(&summary::causes(report)));
         writeln!(out, "<li>{mark} <a href=\"#dump-{place}\"><code>{path}</code></a> <span class=\"soft\">{causes}</span></li>")?;
+    }
+    for path in not_judged {
+        writeln!(out, "<li class=\"soft\"><code>{}</code> not judged any more</li>", escape(path))?;
     }
     writeln!(out, "</ul>")
 }
@@ -80,10 +84,26 @@ fn page(out: &mut String, report: &Report, place: usize) -> std::fmt::Result {
     for warning in &report.warnings {
         writeln!(out, "<p class=\"soft\">Warning: {}</p>", escape(warning))?;
     }
+    if let Some(comparison) = &report.baseline {
+        baseline(out, comparison)?;
+    }
     for candidate in &report.candidates {
         section(out, report, candidate)?;
     }
     Ok(())
+}
+
+fn baseline(out: &mut String, comparison: &Comparison) -> std::fmt::Result {
+    writeln!(out, "<section>\n<h2>Baseline</h2>\n<p>{}</p>\n<ul>", escape(&baseline::sentence(comparison)))?;
+    let (lines, more) = baseline::lines(comparison);
+    for (change, line) in lines {
+        let class = if change == Change::Worse { "diverge" } else { "agree" };
+        writeln!(out, "<li><span class=\"{class}\">{}</span> {}</li>", baseline::word(change), escape(&line))?;
+    }
+    if more > 0 {
+        writeln!(out, "<li class=\"soft\">and {more} more</li>")?;
+    }
+    writeln!(out, "</ul>\n</section>")
 }
 
 fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> std::fmt::Result {

@@ -2,6 +2,7 @@
 //!
 //! Field names are those of the JSON report (`docs/report.md`).
 
+use super::baseline::Comparison;
 use super::plots::{Crossing, Plots, Presence};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -28,6 +29,9 @@ pub struct Report {
     /// What the reader should know: missing checksums, incomplete microbatches.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// The earlier report that this one is set beside, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Comparison>,
 }
 
 /// What a dump holds.

@@ -252,6 +252,13 @@ pub(super) fn observation(candidate: &CandidateReport, rungs: &[Rung]) -> Option
     if tensor.out_of_bound > 0 {
         text += &format!(" {} beyond what any honest computation gives.", count(tensor.out_of_bound, "element"));
     }
+    // What follows from it may show more of a shape.
+    for rung in rungs.iter().filter(|rung| rung.consequence && rung.cells[0].microbatch.is_some()) {
+        let shape = rung.worst().tensor.pattern.as_ref().filter(|shape| !["uniform", "rows"].contains(&shape.kind.as_str()));
+        if let Some(shape) = shape.filter(|shape| tensor.pattern.as_ref().is_none_or(|first| first.kind != shape.kind)) {
+            text += &format!(" In {}: {}.", rung.stage, pattern::words(shape, &rung.stage));
+        }
+    }
     Some(text)
 }
 

@@ -1,6 +1,11 @@
 use crate::samples;
 use fused_xent::report::headline;
-use fused_xent::report::html::render;
+use fused_xent::report::html;
+use fused_xent::report::model::Report;
+
+fn render(reports: &[Report]) -> String {
+    html::render(reports, &[])
+}
 
 #[test]
 fn the_page_stands_alone() {

@@ -90,6 +90,7 @@ pub fn report(candidates: Vec<CandidateReport>) -> Report {
         },
         candidates,
         warnings: Vec::new(),
+        baseline: None,
     }
 }
 

@@ -288,7 +288,7 @@ fn many_microbatches_show_the_worst() {
 
 #[test]
 fn a_folder_of_dumps_ends_in_an_overview() {
-    assert_snapshot!(overview(&[samples::agreeing(), samples::certain()], PLAIN), @r#"
+    assert_snapshot!(overview(&[samples::agreeing(), samples::certain()], &[], PLAIN), @r#"
     1 of 2 dumps diverges
       ✓ dumps/tiny
       ✗ dumps/tiny  label-scatter-bf16
