@@ -136,7 +136,7 @@ fn what_a_dump_says_is_no_markup() {
         let open = outside_code(&without_escaped(line));
         assert!(!open.contains("<img") && !open.contains("@team"), "{line}");
         // What begins with a tag is HTML to its end.
-        assert!(line.starts_with("<details>") || !open.contains(['[', '*']), "{line}");
+        assert!(line.starts_with("<details>") || !open.replace("**", "").contains(['[', '*']), "{line}");
         assert!(!line.starts_with("# ") && !line.starts_with("| x"), "{line}");
     }
     let columns = |line: &str| line.replace("\\|", "").matches('|').count();
