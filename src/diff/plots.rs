@@ -56,7 +56,13 @@ fn hits(context: &Context, rows: &Rows, floor: &[f64]) -> Vec<HitsPoint> {
         let kind = if hits == 0 { 0 } else { 1 + (4.0 * (hits as f64).log2()).round() as u32 };
         kinds.entry(kind).or_default().push(HitsPoint { hits, error: relative(rows.deviation[row]), floor: relative(*floor) });
     }
-    kinds.into_values().flat_map(|points| points.clone().into_iter().step_by(points.len().div_ceil(OF_ONE_KIND))).collect()
+    let some = |points: Vec<HitsPoint>| {
+        let step = points.len().div_ceil(OF_ONE_KIND);
+        points.into_iter().step_by(step)
+    };
+    let mut points: Vec<HitsPoint> = kinds.into_values().flat_map(some).collect();
+    points.sort_by_key(|point| point.hits);
+    points
 }
 
 fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> (Vec<MagnitudeBin>, Vec<Worst>) {

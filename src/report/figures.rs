@@ -124,8 +124,9 @@ fn figure(class: &str, title: &str, caption: &str, body: &str) -> String {
     format!("<figure{class}><figcaption><b>{title}</b> {caption}</figcaption>{body}</figure>\n")
 }
 
-/// The error along the rows of a tensor, over the floor: `what` names the tensor, `rows` what they are.
-pub(super) fn profile(spans: &[Span], limit: f64, what: &str, rows: &str) -> String {
+/// The error along the rows of a tensor, over the floor: `what` names the tensor, `rows` what they are. Where the tensor
+/// agrees, no row is marked: a single one may lie above the limit of all.
+pub(super) fn profile(spans: &[Span], limit: f64, diverges: bool, what: &str, rows: &str) -> String {
     let height = 150.0;
     let bottom = height - BELOW;
     let Some(last) = spans.last() else { return String::new() };
@@ -137,13 +138,18 @@ pub(super) fn profile(spans: &[Span], limit: f64, what: &str, rows: &str) -> Str
     let (base, mut paths) = (y.at(1.0), [const { String::new() }; 4]);
     for (place, span) in spans.iter().enumerate() {
         let x = LEFT + place as f64 * width;
-        let bar = |ratio: f32| format!("M{x:.1} {base:.1}V{:.1}h{:.2}V{base:.1}z", y.at(f64::from(ratio)), width * 0.86);
-        let bad = usize::from(f64::from(span.ratio) > limit);
+        let bar = |ratio: f32| {
+            let (top, wide) = (y.at(f64::from(ratio)), width * 0.86);
+            // At the floor there is a bar still.
+            let (top, bottom) = if (top - base).abs() < 1.0 { (base - 1.0, base + 1.0) } else { (top, base) };
+            format!("M{x:.1} {bottom:.1}V{top:.1}h{wide:.2}V{bottom:.1}z")
+        };
+        let bad = |ratio: f32| usize::from(diverges && f64::from(ratio) > limit);
         if span.worst > span.ratio {
-            paths[usize::from(f64::from(span.worst) > limit)] += &bar(span.worst);
+            paths[bad(span.worst)] += &bar(span.worst);
         }
         if span.ratio > 0.0 {
-            paths[2 + bad] += &bar(span.ratio);
+            paths[2 + bad(span.ratio)] += &bar(span.ratio);
         }
     }
     for (class, path) in ["good faint", "bad faint", "good", "bad"].into_iter().zip(&paths) {
@@ -161,19 +167,19 @@ pub(super) fn profile(spans: &[Span], limit: f64, what: &str, rows: &str) -> Str
     svg.text("end", WIDE, height - 3.0, rows);
     let each = (of - first).div_ceil(spans.len());
     let each = if each > 1 { format!("{each} rows a bar, the worst of them pale behind") } else { "one row a bar".to_owned() };
-    let caption = format!("error over the floor; line: the floor, dashes: the limit of {}; {each}", times(limit));
+    let caption = format!("error over the floor; line: the floor, dashes: the limit of all, {}; {each}", times(limit));
     figure("wide", what, &caption, &svg.finish())
 }
 
 /// The relative error of rows of vocab ids by how often they are labels.
-pub(super) fn hits(points: &[HitsPoint], what: &str) -> String {
+pub(super) fn hits(points: &[HitsPoint], diverges: bool, what: &str) -> String {
     const HEIGHT: f64 = 230.0;
     /// Where rows stand that are no label.
     const NONE: f64 = LEFT + 14.0;
     let bottom = HEIGHT - BELOW;
     let errors = points.iter().flat_map(|point| [point.error, point.floor]).map(f64::from);
     let y = Axis::decades(errors, bottom, 6.0);
-    let x = Axis::decades(points.iter().map(|point| point.hits as f64).chain([1.0]), LEFT + 46.0, HALF - 10.0);
+    let x = Axis::decades(points.iter().map(|point| point.hits as f64).chain([1.0]), LEFT + 46.0, HALF - 18.0);
     let mut svg = Svg::new(HALF, HEIGHT, "relative error of a row of dK by the hits of its label");
     svg.vertical(&y);
     svg.horizontal(&x, "hits of the label");
@@ -184,7 +190,7 @@ pub(super) fn hits(points: &[HitsPoint], what: &str) -> String {
         // Rows of equal hits are set a little apart.
         let apart = ((place * 7) % 13) as f64 - 6.0;
         let at = if point.hits == 0 { NONE + apart } else { x.at(point.hits as f64) + apart * 0.5 };
-        let bad = f64::from(point.error) > 1.5 * f64::from(point.floor);
+        let bad = diverges && f64::from(point.error) > 1.5 * f64::from(point.floor);
         write!(dots[usize::from(bad)], "M{at:.1} {:.1}h0", y.at(f64::from(point.error))).expect("writing to a string");
         let at = if point.hits == 0 { NONE } else { x.at(point.hits as f64) };
         match floors.last_mut() {
@@ -216,7 +222,7 @@ pub(super) fn magnitude(bins: &[MagnitudeBin], what: &str) -> String {
     let least = last.bound * SMALLEST;
     let errors = bins.iter().flat_map(|bin| [bin.rms, bin.largest, bin.bound]).filter(|error| *error > least);
     let y = Axis::decades(errors, bottom, 6.0);
-    let x = Axis::decades(bins.iter().flat_map(|bin| [bin.from, 2.0 * bin.from]), LEFT + 4.0, HALF - 10.0);
+    let x = Axis::decades(bins.iter().flat_map(|bin| [bin.from, 2.0 * bin.from]), LEFT + 4.0, HALF - 18.0);
     let mut svg = Svg::new(HALF, HEIGHT, "error of an element by the magnitude of the gradient");
     svg.vertical(&y);
     svg.horizontal(&x, "|gradient|");

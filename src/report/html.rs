@@ -152,7 +152,7 @@ fn figures(candidate: &CandidateReport, rungs: &[Rung]) -> String {
     for (what, Cell { tensor, .. }) in &drawn {
         let Some(plots) = &tensor.plots else { continue };
         let rows = if plots.hits.is_empty() { "token" } else { "vocab id" };
-        out += &figures::profile(&plots.profile, tensor.ratio_limit, what, rows);
+        out += &figures::profile(&plots.profile, tensor.ratio_limit, tensor.verdict == Verdict::Diverge, what, rows);
     }
     if let Some(crossing) = &candidate.crossing {
         for map in &crossing.maps {
@@ -168,7 +168,7 @@ fn figures(candidate: &CandidateReport, rungs: &[Rung]) -> String {
             out += &figures::magnitude(&plots.magnitude, what);
         }
         if !plots.hits.is_empty() {
-            out += &figures::hits(&plots.hits, what);
+            out += &figures::hits(&plots.hits, tensor.verdict == Verdict::Diverge, what);
         }
     }
     out + &grids(candidate, rungs)

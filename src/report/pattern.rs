@@ -30,7 +30,7 @@ pub(super) fn words(pattern: &Pattern, stage: &str) -> String {
         other => other.to_owned(),
     };
     let mut text = format!("The error {how} ({} of its square)", percent(pattern.share));
-    if let Some(alpha) = pattern.alpha {
+    if let Some(alpha) = pattern.alpha.filter(|_| pattern.kind != "zero_rows") {
         text += &format!(", α = {}", value(alpha));
     }
     if let Some([low, high]) = pattern.alpha_range {

@@ -256,7 +256,8 @@ pub(super) fn observation(candidate: &CandidateReport, rungs: &[Rung]) -> Option
     for rung in rungs.iter().filter(|rung| rung.consequence && rung.cells[0].microbatch.is_some()) {
         let shape = rung.worst().tensor.pattern.as_ref().filter(|shape| !["uniform", "rows"].contains(&shape.kind.as_str()));
         if let Some(shape) = shape.filter(|shape| tensor.pattern.as_ref().is_none_or(|first| first.kind != shape.kind)) {
-            text += &format!(" In {}: {}.", rung.stage, pattern::words(shape, &rung.stage));
+            let words = pattern::words(shape, &rung.stage).replacen("The error", "the error", 1);
+            text += &format!(" In {}, {words}.", rung.stage);
         }
     }
     Some(text)
