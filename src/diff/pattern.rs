@@ -432,7 +432,7 @@ impl<'a> Profile<'a> {
     /// How the log of a row's relative error grows with the log of its hits; `None` where that cannot be told.
     fn slope(&self) -> Option<f64> {
         const FEWEST: f64 = 8.0;
-        const SURE: f64 = 4.0;
+        const SURE: f64 = 3.0;
         let hits = self.context.hits();
         let points: Vec<[f64; 2]> = self
             .live

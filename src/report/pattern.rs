@@ -6,6 +6,9 @@ use super::text::{count, list, percent, value};
 /// Ranges and factors that a sentence lists at most.
 const SHOWN: usize = 4;
 
+/// A share that is all but for the rounding of sums.
+const ALL: f64 = 1.0 - 1e-9;
+
 /// A sentence without its full stop: how the error lies, how much of it, and every number that is known.
 pub(super) fn words(pattern: &Pattern, stage: &str) -> String {
     let of_vocab = stage.contains("unembedding");
@@ -29,7 +32,8 @@ pub(super) fn words(pattern: &Pattern, stage: &str) -> String {
         "nonfinite" => "is that values are not finite".to_owned(),
         other => other.to_owned(),
     };
-    let mut text = format!("The error {how} ({} of its square)", percent(pattern.share));
+    let share = if pattern.share >= ALL { "all of it".to_owned() } else { format!("{} of its square", percent(pattern.share)) };
+    let mut text = format!("The error {how} ({share})");
     if let Some(alpha) = pattern.alpha.filter(|_| pattern.kind != "zero_rows") {
         text += &format!(", α = {}", value(alpha));
     }
