@@ -12,7 +12,7 @@ use super::truth::{Stage, Truth};
 use crate::report::plots::{Crossing, CrossingMap};
 use fused_xent_kernels::problem::{Label, Problem};
 use fused_xent_kernels::reference::{self, Cotangents};
-use ndarray::{Array1, Array2, Axis, concatenate, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -20,7 +20,7 @@ use std::ops::Range;
 /// Tiles along an axis at most.
 const TILES: usize = 24;
 /// Multiplications that a product may take.
-const WORK: usize = 1 << 30;
+const WORK: usize = 1 << 29;
 
 /// The maps of microbatch `m`, for a candidate that has `stages` of it, all rows of them, with these floors of dQ and dK.
 pub(super) fn crossing(
@@ -44,13 +44,18 @@ pub(super) fn crossing(
         let mut ratio = vec![0.0; tiles[0].len() * tiles[1].len()];
         let (mut left, mut all) = (0.0, 0.0);
         let each = (WORK / (of[1 - axis] * shape.hidden * tiles[axis].len()).max(1)).clamp(1, 64);
-        for (place, span) in tiles[axis].iter().enumerate() {
-            let rows = tracing.some(axis, span, each);
-            let error = &values.values.select(Axis(0), &rows) - &exact.select(Axis(0), &rows);
-            let size = exact.select(Axis(0), &rows).iter().map(|x| x * x).sum::<f64>().sqrt();
-            let parts = tracing.contributions(axis, &rows, &tiles[1 - axis]);
+        let chosen: Vec<Vec<usize>> = tiles[axis].iter().map(|span| tracing.some(axis, span, each)).collect();
+        let contributions = tracing.contributions(axis, &chosen.concat(), &tiles[1 - axis]);
+        let mut first = 0;
+        for (place, rows) in chosen.iter().enumerate() {
+            let own = first..first + rows.len();
+            first = own.end;
+            let (values, exact) = (values.values.select(Axis(0), rows), exact.select(Axis(0), rows));
+            let (size, error) = (exact.iter().map(|x| x * x).sum::<f64>().sqrt(), values - exact);
+            let parts: Vec<ArrayView2<f64>> = contributions.iter().map(|part| part.slice(s![own.clone(), ..])).collect();
             let Some(fit) = fit(&parts, &error) else { continue };
-            let rest = parts.iter().zip(&fit).fold(error.clone(), |rest, (part, beta)| rest - part * *beta);
+            let mut rest = error.clone();
+            parts.iter().zip(&fit).for_each(|(part, beta)| rest.scaled_add(-beta, part));
             left += rest.iter().map(|x| x * x).sum::<f64>();
             all += error.iter().map(|x| x * x).sum::<f64>();
             for (other, (part, beta)) in parts.iter().zip(&fit).enumerate() {
@@ -59,8 +64,9 @@ pub(super) fn crossing(
                 ratio[cell] = if size > 0.0 { (norm / (floor * size)) as f32 } else { 0.0 };
             }
         }
-        if all > 0.0 {
-            maps.push(CrossingMap { stage: stage.name(), ratio, explained: 1.0 - left / all });
+        let explained = 1.0 - left / all;
+        if explained.is_finite() {
+            maps.push(CrossingMap { stage: stage.name(), ratio, explained });
         }
     }
     Crossing { microbatch: step.microbatches[m].index, tile, of, maps }
@@ -145,10 +151,11 @@ impl Tracing<'_> {
 }
 
 /// The factors β with the least ‖error − Σ β·part‖, drawn a little to 0 where the parts do not tell them apart.
-fn fit(parts: &[Array2<f64>], error: &Array2<f64>) -> Option<Vec<f64>> {
+fn fit(parts: &[ArrayView2<f64>], error: &Array2<f64>) -> Option<Vec<f64>> {
     const RIDGE: f64 = 1e-6;
-    let flatten = |x: &Array2<f64>| -> Array1<f64> { x.iter().copied().collect() };
-    let (flat, error): (Vec<Array1<f64>>, Array1<f64>) = (parts.iter().map(flatten).collect(), flatten(error));
+    let flatten = |x: ArrayView2<f64>| -> Array1<f64> { x.iter().copied().collect() };
+    let (flat, error): (Vec<Array1<f64>>, Array1<f64>) =
+        (parts.iter().map(|part| flatten(*part)).collect(), flatten(error.view()));
     let mut gram: Vec<Vec<f64>> = flat.iter().map(|a| flat.iter().map(|b| a.dot(b)).collect()).collect();
     let most = (0..gram.len()).map(|i| gram[i][i]).fold(0.0, f64::max);
     (0..gram.len()).for_each(|i| gram[i][i] += RIDGE * most);
