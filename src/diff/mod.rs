@@ -377,10 +377,7 @@ impl View<'_> {
 
     /// What microbatch `m` adds to these rows of the accumulated dK.
     fn share_of_step(&self, m: usize, rows: &[usize]) -> Array2<f64> {
-        let own = self.truth(m).outcome.stage(Stage::DUnembedding).select(Axis(0), rows);
-        let mut share = Array2::zeros(own.dim());
-        counterfactual::Counterfactual::default().accumulate(self.step, m, &own, &mut share);
-        share
+        self.truth(m).outcome.stage(Stage::DUnembedding).select(Axis(0), rows) * self.step.accumulation_factor()
     }
 
     fn context<'a>(
