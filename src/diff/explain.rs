@@ -319,22 +319,35 @@ impl Case<'_> {
     fn nonfinite_finding(&self) -> Finding {
         let all: usize = self.tensors().map(|(_, t)| t.nonfinite).sum();
         let (m, first) = self.tensors().find(|(_, t)| t.nonfinite > 0).expect("asked for only if there is one");
+        let place = format!("first in {} of {}", first.name, m.map_or("the step".to_owned(), |m| format!("microbatch {m}")));
+        let input = self.tensors().find_map(|(_, t)| t.pattern.as_ref()?.input.as_ref());
+        let (title, evidence, remedy) = match input {
+            Some(input) => (
+                "an input is not finite",
+                format!(
+                    "{all} elements are NaN or infinite, {place}; {}[{}, {}] is {}: bad in, and no kernel can mend it",
+                    input.tensor, input.index[0], input.index[1], input.value
+                ),
+                "look upstream of this loss, for what made the input so",
+            ),
+            None => (
+                "the candidate is not finite where the reference is",
+                format!(
+                    "{all} elements are NaN or infinite, {place}; the inputs are finite and so is the reference: good in, bad out"
+                ),
+                "look for 0/0 where all tokens are masked, −∞ − (−∞) in masked columns, and overflow of exp without its maximum",
+            ),
+        };
         Finding {
             rank: 1,
             cause: "nonfinite".into(),
-            title: "the candidate is not finite where the reference is".into(),
+            title: title.into(),
             explained: 0.0,
             remaining_ratio: first.ratio,
             confidence: Confidence::Certain,
             parameters: Map::new(),
-            evidence: format!(
-                "{all} elements are NaN or infinite, first in {} of {}; the inputs are finite and so is the reference: good in, bad out",
-                first.name,
-                m.map_or("the step".to_owned(), |m| format!("microbatch {m}")),
-            ),
-            remedy:
-                "look for 0/0 where all tokens are masked, −∞ − (−∞) in masked columns, and overflow of exp without its maximum"
-                    .into(),
+            evidence,
+            remedy: remedy.into(),
             runner_up: None,
             indistinguishable_from: vec![],
         }

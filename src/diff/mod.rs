@@ -9,13 +9,18 @@ pub mod candidate;
 pub mod compare;
 pub mod counterfactual;
 mod cpu;
+mod crossing;
 mod error;
 pub mod explain;
 pub mod fault;
 pub mod hypotheses;
+mod owners;
+mod pattern;
+mod plots;
 mod recorded;
 pub mod sampling;
 pub mod synth;
+mod tiling;
 pub mod truth;
 
 pub use error::DiffError;
@@ -25,6 +30,7 @@ use crate::report::model::{
     AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
     SampleReport, TensorReport, Verdict,
 };
+use crate::report::plots::{Crossing, Presence};
 use candidate::Produced;
 use compare::{Context, compare};
 use counterfactual::{Microbatch, Step};
@@ -32,7 +38,9 @@ use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Floor, Tolerance};
 use fused_xent_kernels::problem::{Label, Sample};
+use ndarray::{Array2, Axis};
 use sampling::Sampling;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
@@ -129,6 +137,7 @@ pub fn judge(path: &Path, settings: &Settings, progress: &dyn Progress) -> Resul
         },
         candidates,
         warnings,
+        baseline: None,
     })
 }
 
@@ -188,7 +197,8 @@ fn judge_step(
         progress.advance(1);
     }
     let over_step = whole && judged.len() == loaded.len();
-    let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
+    let presence = presence(run, dumped);
+    let view = View { dumped, presence, step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
     let candidates = match &settings.candidates[..] {
         [] => &[Candidate::Recorded, Candidate::Cpu(Kernel::from_environment()?)],
@@ -213,6 +223,10 @@ fn problem_error(step: u64, microbatch: usize, source: fused_xent_kernels::probl
 
 /// One step with its truth.
 struct View<'a> {
+    /// Which process wrote what.
+    dumped: &'a dump::Step,
+    /// Which processes committed which microbatches.
+    presence: Presence,
     step: &'a Step<'a>,
     truths: &'a [Option<Truth>],
     /// Places in `step.microbatches` that are judged.
@@ -264,6 +278,7 @@ impl View<'_> {
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
+        report.crossing = self.crossing(produced, &report);
         report.findings = if report.sample.is_some() { case.unexplained() } else { case.explain(self.progress) };
         Ok(report)
     }
@@ -286,8 +301,11 @@ impl View<'_> {
                 .map(|(&stage, values)| {
                     let reference = outcome.stage(stage);
                     let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
-                    let context = self.context(m, stage, values.precision, &tolerance, &labels);
-                    compare(&context, values.values.view(), reference.view())
+                    let owners = owners::owners(self.dumped, self.step.microbatches[m].index, stage);
+                    let context = self.context(m, stage, values.precision, &tolerance, &labels, &owners);
+                    let mut tensor = compare(&context, values.values.view(), reference.view());
+                    pattern::blame_input(&mut tensor, std::iter::once(problem));
+                    tensor
                 })
                 .collect();
             if produced.accumulated.is_some() {
@@ -301,11 +319,19 @@ impl View<'_> {
             });
             all_labels.extend(labels);
         }
+        pattern::over_microbatches(&mut microbatches);
         let accumulated = produced.accumulated.as_ref().zip(total).map(|(values, total)| {
             let tolerance = total.tolerance(values.precision);
             let stage = Stage::AccumulatedDUnembedding;
-            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels);
-            let tensor = compare(&context, values.values.view(), total.value.view());
+            let owners = owners::owners(self.dumped, self.step.microbatches[self.judged[0]].index, stage);
+            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels, &owners);
+            let mut tensor = compare(&context, values.values.view(), total.value.view());
+            pattern::blame_input(&mut tensor, self.judged.iter().map(|&m| &self.step.microbatches[m].problem));
+            if tensor.pattern.is_some() {
+                let rows = pattern::some_rows(values.values.nrows());
+                let parts: Vec<_> = self.judged.iter().map(|&m| self.share_of_step(m, &rows)).collect();
+                pattern::factors_of_microbatches(&mut tensor, &tolerance, values.values.view(), &rows, &parts);
+            }
             let grad_norm = context.rows.is_none().then(|| grad_norm(values, &total, &tolerance));
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
@@ -329,7 +355,29 @@ impl View<'_> {
             accumulated,
             first_divergence,
             findings: vec![],
+            crossing: None,
+            presence: self.presence.clone(),
         })
+    }
+
+    /// Where in the logits the worst of the gradients' errors comes from.
+    fn crossing(&self, produced: &Produced, report: &CandidateReport) -> Option<Crossing> {
+        let gradients = [Stage::DHidden, Stage::DUnembedding];
+        let tensor = |place: usize, stage: Stage| report.microbatches[place].tensors.iter().find(|t| t.name == stage.name());
+        let badness = |place: usize| {
+            let bad = gradients.iter().filter_map(|&stage| tensor(place, stage)).filter(|t| t.verdict == Verdict::Diverge);
+            bad.map(|t| if t.nonfinite == 0 { t.ratio } else { f64::NAN }).reduce(f64::max)
+        };
+        let places = (0..self.judged.len()).filter_map(|place| Some((place, badness(place).filter(|bad| bad.is_finite())?)));
+        let (place, _) = places.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        let (m, stages) = (self.judged[place], &produced.microbatches[place]);
+        let floors = gradients.map(|stage| tensor(place, stage).and_then(|t| t.noise_floor));
+        self.truth(m).sample.is_none().then(|| crossing::crossing(self.step, m, self.truth(m), stages, floors))
+    }
+
+    /// What microbatch `m` adds to these rows of the accumulated dK.
+    fn share_of_step(&self, m: usize, rows: &[usize]) -> Array2<f64> {
+        self.truth(m).outcome.stage(Stage::DUnembedding).select(Axis(0), rows) * self.step.accumulation_factor()
     }
 
     fn context<'a>(
@@ -339,10 +387,11 @@ impl View<'_> {
         precision: Precision,
         tolerance: &'a Tolerance,
         labels: &'a [Option<usize>],
+        owners: &'a [(Range<usize>, usize)],
     ) -> Context<'a> {
         let shape = self.step.microbatches[m].problem.shape();
         let of = if stage.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
-        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of }
+        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of, owners }
     }
 
     fn sample(&self) -> Option<SampleReport> {
@@ -350,6 +399,13 @@ impl View<'_> {
         let most = |rows: fn(&Sample) -> &[usize]| samples().map(|sample| rows(sample).len()).max();
         Some(SampleReport { token_rows: most(Sample::tokens)?, vocab_rows: most(Sample::ids)? })
     }
+}
+
+fn presence(run: &Run, dumped: &dump::Step) -> Presence {
+    let torn = dumped.incomplete.iter().filter_map(|lack| lack.microbatch).zip(&dumped.torn);
+    let folders = dumped.microbatches.iter().map(|(&m, folder)| (m, folder)).chain(torn);
+    let absent = folders.flat_map(|(m, folder)| folder.absent().map(move |process| [process, m])).collect();
+    Presence { processes: run.process_count, microbatches: dumped.num_microbatches, absent }
 }
 
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.
