@@ -7,14 +7,14 @@
 
 pub mod candidate;
 pub mod compare;
-pub mod counterfactual;
 mod cpu;
 mod error;
 pub mod explain;
 pub mod fault;
-pub mod hypotheses;
 mod recorded;
+pub mod replay;
 pub mod sampling;
+pub mod step;
 pub mod synth;
 pub mod truth;
 
@@ -27,7 +27,6 @@ use crate::report::model::{
 };
 use candidate::Produced;
 use compare::{Context, compare};
-use counterfactual::{Microbatch, Step};
 use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Floor, Tolerance};
@@ -35,6 +34,7 @@ use fused_xent_kernels::problem::{Label, Sample};
 use sampling::Sampling;
 use std::path::Path;
 use std::str::FromStr;
+use step::{Microbatch, Step};
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
 
 /// What to judge.

@@ -1,7 +1,8 @@
 //! Dumps made to order: chosen shape, logit regime and loss, with recorded gradients that carry a named fault, or none.
 
-use super::counterfactual::{Counterfactual, Microbatch, Outcome, Step, Wanted};
 use super::fault::Fault;
+use super::replay::{Counterfactual, Outcome, Wanted};
+use super::step::{Microbatch, Step};
 use super::truth::Stage;
 use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};

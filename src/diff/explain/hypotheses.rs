@@ -1,9 +1,10 @@
 //! Which faults are worth testing on a step, and with which parameters: cheap looks at the data before expensive replays.
 
-use super::candidate::Produced;
-use super::counterfactual::{ScatterOnto, Step};
-use super::fault::{CATALOGUE, Fault, Touches};
-use super::truth::Stage;
+use crate::diff::candidate::Produced;
+use crate::diff::fault::{CATALOGUE, Fault, Touches};
+use crate::diff::replay::ScatterOnto;
+use crate::diff::step::Step;
+use crate::diff::truth::Stage;
 use crate::report::model::{MicrobatchReport, TensorReport, Verdict};
 use fused_xent_kernels::problem::{Label, LossOptions};
 use fused_xent_kernels::reduction::{Microbatches, Reduction};
@@ -22,7 +23,7 @@ pub struct Observed<'a> {
 }
 
 /// Sizes that kernels tile by.
-pub(super) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+pub(in crate::diff) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// Numbers of shards of a mesh axis.
 const SHARDS: [usize; 5] = [2, 4, 8, 16, 32];
 /// Vocab tiles of which each is tested for being absent from lse.

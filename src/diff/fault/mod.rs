@@ -1,7 +1,10 @@
 //! The fault catalogue: every fault that can be planted by `synth` and named by the diff, with its parameters.
 
-use super::counterfactual::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScatterOnto, Step, TokenFactor};
 use super::error::DiffError;
+use super::replay::{
+    Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScaleInBackward, ScatterOnto, TokenFactor,
+};
+use super::step::Step;
 use super::truth::Stage;
 use fused_xent_kernels::contract::Precision;
 use serde_json::{Map, Value};
@@ -431,7 +434,7 @@ impl Fault {
             Fault::VocabTailDropped { tile } => to.vocab_end = Some(vocab / tile * tile),
             Fault::TokenTailDropped { tile } => to.token_end = Some(tokens / tile * tile),
             Fault::LseTileMissing { tile, index } => to.lse_misses = Some((index * tile, ((index + 1) * tile).min(valid))),
-            Fault::LabelTileEdge { tile } => to.label = LabelPlace::MissingOnTileEdge(tile),
+            Fault::LabelTileEdge { tile } => to.label = LabelPlace::MissingOnTileEdge { tile, last: false },
             Fault::LabelOffByOne => to.label = LabelPlace::OffByOne,
             Fault::LabelMissing => to.label = LabelPlace::Missing,
             Fault::IgnoredLeak { label_zero } => {
@@ -454,7 +457,7 @@ impl Fault {
             Fault::SoftcapDerivativeMissingLabel => to.no_softcap_derivative.1 = true,
             Fault::ZlossGradientMissing => to.no_z_loss_gradient = true,
             Fault::LabelSmoothingIgnored => to.no_label_smoothing = true,
-            Fault::LogitScaleIgnored => to.no_scale_factor = true,
+            Fault::LogitScaleIgnored => to.scale = ScaleInBackward::NoFactor,
             Fault::DqNotReduced { shards, shard } => to.dq_vocab = Some(part(vocab, shards, shard)),
             Fault::DkNotReduced { shards, shard } => to.dk_tokens = Some(part(tokens, shards, shard)),
             Fault::LocalLse { shards } => to.local_lse_shards = shards,

@@ -5,12 +5,17 @@
 //! diverge, each relative to its reference. It is named only if that is nearly all and clearly more than any other fault
 //! explains; what it leaves above the floor is explained by further faults on top of it. Otherwise the cause is `unknown`.
 
+mod hypotheses;
+
+pub(super) use hypotheses::TILES;
+
 use super::Progress;
 use super::candidate::{Produced, Values};
-use super::counterfactual::{Counterfactual, Outcome, Step, Wanted};
 use super::fault::{Fault, Touches};
-use super::hypotheses::{Observed, hypotheses};
+use super::replay::{Counterfactual, Outcome, Wanted};
+use super::step::Step;
 use super::truth::Stage;
+use hypotheses::{Observed, hypotheses};
 use crate::report::model::{Confidence, Finding, MicrobatchReport, RunnerUp, TensorReport, Verdict};
 use ndarray::Array2;
 use rayon::prelude::*;
