@@ -107,7 +107,8 @@ fn rows_of_other_computations_differ() {
         let off = largest_difference(&options, &Counterfactual::default(), &wrong).unwrap();
         assert!(off > 1e-6, "{fault}: {off:e}");
     }
-    let loss = LossSettings { options: LossOptions { logit_softcap: Some(8.0), ..LossOptions::default() }, ..LossSettings::default() };
+    let loss =
+        LossSettings { options: LossOptions { logit_softcap: Some(8.0), ..LossOptions::default() }, ..LossSettings::default() };
     let capped = SynthOptions { loss, ..options };
     let off = largest_difference(&capped, &Counterfactual::default(), &Counterfactual::default()).unwrap();
     assert!(off < 1e-12, "{off:e}");

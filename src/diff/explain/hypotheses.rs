@@ -1,6 +1,5 @@
 //! Which faults are worth testing on a step, and with which parameters: cheap looks at the data before expensive replays.
 
-use crate::diff::candidate::Produced;
 use crate::diff::fault::{CATALOGUE, Fault, Touches};
 use crate::diff::replay::ScatterOnto;
 use crate::diff::step::Step;
@@ -14,8 +13,6 @@ use std::ops::RangeInclusive;
 pub struct Observed<'a> {
     /// The step.
     pub step: &'a Step<'a>,
-    /// What the candidate has.
-    pub produced: &'a Produced,
     /// The comparison with the reference, per microbatch.
     pub microbatches: &'a [MicrobatchReport],
     /// The comparison of the accumulated dK.

@@ -1,9 +1,7 @@
 //! The fault catalogue: every fault that can be planted by `synth` and named by the diff, with its parameters.
 
 use super::error::DiffError;
-use super::replay::{
-    Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScaleInBackward, ScatterOnto, TokenFactor,
-};
+use super::replay::{Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScaleInBackward, ScatterOnto, TokenFactor};
 use super::step::Step;
 use super::truth::Stage;
 use fused_xent_kernels::contract::Precision;

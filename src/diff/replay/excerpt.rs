@@ -77,31 +77,41 @@ impl<'a> Excerpt<'a> {
         &self.of_tokens
     }
 
+    /// What rows of dK need to know under `how` and do not: log-sum-exps, and of which tokens.
+    fn missing(&self, how: &Counterfactual) -> Vec<(Vec<usize>, Reading)> {
+        let labels = self.step.microbatches[self.m].problem.labels();
+        let replay = Replay::new(how, self.step, self.m);
+        let missing = |reading: Reading| {
+            let known = self.known.iter().find(|(known, _)| *known == reading).map(|(_, lse)| lse);
+            let taking_part = (0..labels.len()).filter(|&n| labels[n] != Label::Masked || replay.masked_take_part());
+            (taking_part.filter(|&n| known.is_none_or(|lse| lse[n].is_nan())).collect::<Vec<usize>>(), reading)
+        };
+        replay.readings().into_iter().map(missing).filter(|(tokens, _)| !tokens.is_empty()).collect()
+    }
+
+    /// Whether rows of dK can be replayed under `how` with what is known.
+    pub fn knows(&self, how: &Counterfactual) -> bool {
+        self.missing(how).is_empty()
+    }
+
     /// Learns what rows of dK need to know of every token under these computations.
     pub fn learn<'c>(&mut self, computations: impl Iterator<Item = &'c Counterfactual>) {
         let problem = &self.step.microbatches[self.m].problem;
-        let labels = problem.labels();
-        // The same tokens are asked of most readings: those are learnt in one pass.
-        let mut missing: BTreeMap<Vec<usize>, Vec<Reading>> = BTreeMap::new();
-        for how in computations {
-            let replay = Replay::new(how, self.step, self.m);
-            for reading in replay.readings() {
-                let known = self.known.iter().find(|(known, _)| *known == reading).map(|(_, lse)| lse);
-                let taking_part = (0..labels.len()).filter(|&n| labels[n] != Label::Masked || replay.masked_take_part());
-                let unknown: Vec<usize> = taking_part.filter(|&n| known.is_none_or(|lse| lse[n].is_nan())).collect();
-                let asked = missing.entry(unknown).or_default();
-                if !asked.contains(&reading) {
-                    asked.push(reading);
-                }
+        // Most readings are missing of the same tokens: those are learnt in one pass.
+        let mut passes: BTreeMap<Vec<usize>, Vec<Reading>> = BTreeMap::new();
+        for (tokens, reading) in computations.flat_map(|how| self.missing(how)) {
+            let readings = passes.entry(tokens).or_default();
+            if !readings.contains(&reading) {
+                readings.push(reading);
             }
         }
-        for (tokens, readings) in missing.into_iter().filter(|(tokens, _)| !tokens.is_empty()) {
+        for (tokens, readings) in passes {
             for (reading, learnt) in readings.iter().zip(log_sum_exps(problem, &tokens, &readings)) {
-                if !self.known.iter().any(|(known, _)| known == reading) {
-                    self.known.push((*reading, vec![f64::NAN; labels.len()]));
-                }
-                let known = self.known.iter_mut().find(|(known, _)| known == reading).map(|(_, lse)| lse);
-                known.into_iter().for_each(|lse| tokens.iter().zip(&learnt).for_each(|(&n, &learnt)| lse[n] = learnt));
+                let at = self.known.iter().position(|(known, _)| known == reading).unwrap_or_else(|| {
+                    self.known.push((*reading, vec![f64::NAN; problem.shape().tokens]));
+                    self.known.len() - 1
+                });
+                tokens.iter().zip(learnt).for_each(|(&n, learnt)| self.known[at].1[n] = learnt);
             }
         }
     }

@@ -250,5 +250,4 @@ impl<'a> Replay<'a> {
         };
         (token.p_factor * p + token.constant) * lse_slope
     }
-
 }
