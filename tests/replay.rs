@@ -81,6 +81,31 @@ fn some_rows_of_every_fault_are_those_of_the_whole() {
 }
 
 #[test]
+fn some_rows_of_every_variant_are_those_of_the_whole() {
+    for text in [
+        "label-scatter-bf16:onto=lse-part",
+        "label-scatter-bf16:processes=3,processes_added_in=bf16",
+        "label-scatter-bf16:onto=lse-part,processes=2",
+        "dk-accumulate-bf16:width=32",
+        "dk-accumulate-bf16:chunks=4,processes=3",
+        "dq-accumulate-bf16:width=512,parts_rounded=false",
+        "gradient-filter:eps=0.002,token_tile=48,vocab_tile=100",
+        "gradient-filter:eps=0.004,token_tile=1,vocab_tile=16",
+        "approximate-exp-log:of=exp,degree=2",
+        "approximate-exp-log:of=exp-in-lse",
+        "approximate-exp-log:of=exp-bf16",
+        "label-tile-edge:tile=4,edge=last",
+        "ignored-leak:label=zero",
+        "ignored-leak:label=none",
+        "logit-scale-ignored:missing=all",
+        "dq-cotangent-missing:missing=g",
+        "dk-cotangent-missing:missing=g",
+    ] {
+        as_the_whole(&[Fault::parse(text).unwrap_or_else(|e| panic!("{text}: {e}"))]);
+    }
+}
+
+#[test]
 fn some_rows_of_two_faults_are_those_of_the_whole() {
     let parse = |text: &str| Fault::parse(text).unwrap();
     for pair in [
@@ -92,6 +117,9 @@ fn some_rows_of_two_faults_are_those_of_the_whole() {
         ["dk-accumulate-bf16:chunks=140", "dk-not-reduced"],
         ["dq-not-reduced:shards=3,shard=1", "dq-accumulate-bf16:tiles=50"],
         ["gq-bf16", "token-tail-dropped:tile=60"],
+        ["approximate-exp-log:of=exp", "lse-tile-missing:tile=300,index=0"],
+        ["gradient-filter:eps=0.002,token_tile=48,vocab_tile=100", "vocab-pad-unmasked:pad=900"],
+        ["gradient-filter", "dk-accumulate-bf16:chunks=4,processes=2"],
     ] {
         as_the_whole(&pair.map(parse));
     }

@@ -154,12 +154,14 @@ fn judge_step(
         .iter()
         .map(|(index, l)| {
             let targets = l.targets.targets().map_or(vec![], |t| (0..t.len()).map(|n| t.get(n)).collect());
-            Ok(Microbatch { problem: l.problem()?, targets, index: *index })
+            let recorded_lse = dumped.folder(*index)?.load("lse")?.map(|lse| lse.tensor.to_f64());
+            Ok(Microbatch { problem: l.problem()?, targets, recorded_lse, index: *index })
         })
         .collect::<Result<Vec<_>, DiffError>>()?;
     let step = Step {
         microbatches,
         num_microbatches: dumped.num_microbatches,
+        processes: run.process_count,
         reduction: dumped.loss.reduction,
         own_carries_step_factor: dumped.loss.microbatch_gradients == MicrobatchGradients::Step,
     };

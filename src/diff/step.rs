@@ -11,6 +11,8 @@ pub struct Step<'a> {
     pub num_microbatches: usize,
     /// How their losses add up.
     pub reduction: StepReduction,
+    /// How many processes computed it.
+    pub processes: usize,
     /// Whether a microbatch's own gradient already carries the step's factor.
     pub own_carries_step_factor: bool,
 }
@@ -21,6 +23,8 @@ pub struct Microbatch<'a> {
     pub problem: Problem<'a>,
     /// Label ids as captured, [N].
     pub targets: Vec<i64>,
+    /// The lse that was recorded, [N].
+    pub recorded_lse: Option<Vec<f64>>,
     /// Index in the step.
     pub index: usize,
 }

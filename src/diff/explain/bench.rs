@@ -174,6 +174,12 @@ impl<'a> Bench<'a> {
         Fit { tensors: self.microbatches.iter().flatten().chain(&self.accumulated).map(|target| target.base).collect() }
     }
 
+    /// What a fit leaves in the rows of tokens.
+    pub fn left_of_tokens(&self, fit: &Fit) -> f64 {
+        let targets = self.microbatches.iter().flatten().zip(&fit.tensors);
+        targets.filter(|(target, _)| target.stage.rows_are() == RowsAre::Tokens).map(|(_, fit)| fit.left).sum()
+    }
+
     /// How a hypothesis fits. Where it touches nothing, the fit is that of `otherwise`.
     pub fn fit(&self, excerpts: Option<&[Excerpt]>, trial: &Trial, otherwise: Option<&Fit>, side: Side) -> Fit {
         let Trial { how, touches } = trial;

@@ -12,6 +12,7 @@ mod bench;
 mod excerpts;
 mod finding;
 mod hypotheses;
+mod lse;
 mod search;
 
 pub(super) use hypotheses::TILES;
@@ -24,7 +25,6 @@ use super::step::Step;
 use super::truth::{Stage, Truth};
 use crate::report::model::{Finding, MicrobatchReport, RunnerUp, TensorReport};
 use fused_xent_kernels::floor::Tolerance;
-use hypotheses::{Observed, hypotheses};
 use ndarray::Array2;
 use search::Search;
 use std::collections::BTreeMap;
@@ -98,8 +98,7 @@ impl<'a> Case<'a> {
         let mut chosen: Vec<Fault> = Vec::new();
         let mut current = base.clone();
         while chosen.len() < MOST_FAULTS && !current.at_floor() {
-            let mut faults =
-                hypotheses(&Observed { step: self.step, microbatches: self.microbatches, accumulated: self.accumulated });
+            let mut faults = search.hypotheses();
             faults.retain(|f| chosen.iter().all(|c| c.slug() != f.slug()));
             let mut fits = search.rank(faults, &chosen, &current);
             let Some((finding, place)) = search.name(&fits, &current, findings.len() + 1) else { break };

@@ -2,11 +2,12 @@
 
 use super::bench::{Bench, Fit, Side, Trial};
 use super::finding::finding;
-use super::hypotheses::{Observed, hypotheses};
+use super::hypotheses::{FILTER_TILES, Observed, THRESHOLDS, hypotheses};
+use super::lse::SeenLse;
 use super::{Case, excerpts};
 use crate::diff::Progress;
 use crate::diff::fault::{Fault, Touches};
-use crate::diff::replay::{Counterfactual, Excerpt};
+use crate::diff::replay::{Counterfactual, Excerpt, Filter};
 use crate::report::model::{Confidence, Finding};
 use rayon::prelude::*;
 
@@ -32,6 +33,7 @@ pub(super) struct Search<'a> {
     /// Few rows, and all of the excerpts.
     few: Bench<'a>,
     more: Bench<'a>,
+    lse: SeenLse,
 }
 
 impl<'a> Search<'a> {
@@ -41,7 +43,14 @@ impl<'a> Search<'a> {
         let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))));
         let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())));
         progress.advance(1);
-        Self { case, progress, excerpts, few, more }
+        let lse = SeenLse::new(case, &excerpts);
+        Self { case, progress, excerpts, few, more, lse }
+    }
+
+    /// Every fault that could change what diverges.
+    pub fn hypotheses(&self) -> Vec<Fault> {
+        let Case { step, microbatches, accumulated, .. } = *self.case;
+        hypotheses(&Observed { step, microbatches, accumulated, lse: &self.lse })
     }
 
     /// What is to be explained.
@@ -54,7 +63,14 @@ impl<'a> Search<'a> {
         let applied = self.case.composed(chosen);
         let faults = self.promising(faults, &applied, chosen.is_empty());
         self.progress.begin("comparing the best of them", faults.len() as u64);
-        self.fits(faults, &applied, current, |s| &s.more)
+        let mut fits = self.fits(faults, &applied, current, |s| &s.more);
+        if let Some((Fault::GradientFilter(filter), _)) = fits.first() {
+            let near =
+                [0.75, 0.875, 1.125, 1.25, 1.5].map(|by| Fault::GradientFilter(Filter { eps: filter.eps * by, ..*filter }));
+            fits.extend(self.fits(near.to_vec(), &applied, current, |s| &s.more));
+            fits.sort_by(|a, b| a.1.left().total_cmp(&b.1.left()));
+        }
+        fits
     }
 
     /// Those of `faults` that fit a few rows best.
@@ -69,19 +85,44 @@ impl<'a> Search<'a> {
             let trial = self.trial(fault, applied);
             !trial.touches.d_unembedding || self.excerpts.iter().all(|excerpt| excerpt.knows(&trial.how))
         });
-        let bounded: Vec<(f64, Fault)> = costly
-            .into_par_iter()
-            .map(|fault| {
-                let fit = self.few.fit(Some(&self.excerpts), &self.trial(&fault, applied), Some(&current), Side::Tokens);
-                self.progress.advance(1);
-                (fit.left(), fault)
-            })
-            .collect();
+        let mut bounded = self.bounded(costly, applied, &current);
+        let filters = self.filters(&bounded, applied, &current);
+        bounded.extend(self.bounded(filters, applied, &current));
         let mut fits = self.fits(cheap, applied, &current, |s| &s.few);
         let best = fits.first().map_or(f64::INFINITY, |(_, fit)| fit.left());
         let costly = kept(bounded, current.left(), best);
         fits.extend(self.fits(costly, applied, &current, |s| &s.few));
         kept(fits.into_iter().map(|(fault, fit)| (fit.left(), fault)).collect(), current.left(), f64::INFINITY)
+    }
+
+    /// What faults leave at the least, by the rows of tokens alone.
+    fn bounded(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit) -> Vec<(f64, Fault)> {
+        let bounded = |fault: Fault| {
+            let fit = self.few.fit(Some(&self.excerpts), &self.trial(&fault, applied), Some(current), Side::Tokens);
+            self.progress.advance(1);
+            (fit.left(), fault)
+        };
+        faults.into_par_iter().map(bounded).collect()
+    }
+
+    /// Gradient filters with tiles of many tokens, where those with tiles of one explain a good part of the tokens' rows.
+    fn filters(&mut self, bounded: &[(f64, Fault)], applied: &Counterfactual, current: &Fit) -> Vec<Fault> {
+        let filters = bounded.iter().filter_map(|(left, fault)| match fault {
+            Fault::GradientFilter(filter) => Some((*left, filter)),
+            _ => None,
+        });
+        let best =
+            filters.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(left, _)| *left <= GOOD_PART * self.few.left_of_tokens(current));
+        let Some((_, Filter { eps: least, .. })) = best else { return vec![] };
+        // More tokens in a tile: fewer tiles below a threshold, so that it is higher.
+        let thresholds = THRESHOLDS.into_iter().filter(|eps| (0.5..200.0).contains(&(eps / least)));
+        let faults: Vec<Fault> = thresholds
+            .flat_map(|eps| FILTER_TILES.map(|tokens| (eps, tokens)))
+            .flat_map(|(eps, tokens)| FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids })))
+            .collect();
+        let trials: Vec<Trial> = faults.iter().map(|fault| self.trial(fault, applied)).collect();
+        self.learn(trials.iter().map(|trial| &trial.how));
+        faults
     }
 
     fn trial(&self, fault: &Fault, applied: &Counterfactual) -> Trial {
@@ -132,8 +173,7 @@ impl<'a> Search<'a> {
 
     /// Fits the parameters of the faults found before again, now that another is known beside them.
     pub fn refine(&mut self, chosen: &mut [Fault], findings: &mut [Finding], mut current: Fit) -> Fit {
-        let case = self.case;
-        let all = hypotheses(&Observed { step: case.step, microbatches: case.microbatches, accumulated: case.accumulated });
+        let all = self.hypotheses();
         for i in 0..chosen.len() - 1 {
             let others: Vec<Fault> = chosen.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, fault)| *fault).collect();
             let alike: Vec<Fault> = all.iter().filter(|f| f.slug() == chosen[i].slug()).copied().collect();

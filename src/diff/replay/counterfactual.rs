@@ -1,5 +1,6 @@
 //! How a fused cross-entropy computes, right or wrong, step by step.
 
+use super::approximate::Approximation;
 use crate::diff::step::Step;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, Problem};
@@ -88,6 +89,33 @@ pub enum ScaleInBackward {
     One,
 }
 
+/// Tiles of dlogits that the backward skips.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Filter {
+    /// A tile is skipped if all its |dlogits/g| are below this.
+    pub eps: f64,
+    /// Tokens of a tile.
+    pub tokens: usize,
+    /// Vocab ids of a tile.
+    pub ids: usize,
+}
+
+/// How dK is summed over processes: each sums its own tokens, an equal share of them, and then the processes are added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ProcessSum {
+    /// How many.
+    pub processes: usize,
+    /// Whether they are added in bf16.
+    pub bf16: bool,
+}
+
+impl ProcessSum {
+    /// Where the share of each process of so many tokens ends.
+    pub(super) fn ends(self, tokens: usize) -> impl Iterator<Item = usize> {
+        (1..=self.processes).map(move |p| tokens * p / self.processes)
+    }
+}
+
 /// How a sum over chunks is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bf16Sum {
@@ -160,6 +188,12 @@ pub struct Counterfactual {
     pub dk_sum: Option<Bf16Sum>,
     /// The label part of dK.
     pub label_sum: LabelSum,
+    /// Exponentials and logarithms.
+    pub approximation: Approximation,
+    /// Tiles that the backward skips.
+    pub filter: Option<Filter>,
+    /// dK summed by process.
+    pub dk_processes: Option<ProcessSum>,
     /// dK's parts rounded to bf16 before they are added.
     pub dk_parts_bf16: bool,
     /// Denominator: all tokens, masked ones too.
@@ -207,6 +241,9 @@ impl Default for Counterfactual {
             dq_sum: None,
             dk_sum: None,
             label_sum: LabelSum::Exact,
+            approximation: Approximation::None,
+            filter: None,
+            dk_processes: None,
             dk_parts_bf16: false,
             mean_over_all_tokens: false,
             mean_of_means: false,

@@ -5,20 +5,24 @@
 //! `synth` writes dumps with it, on all rows ([`Counterfactual::replay`]), and `explain` tests hypotheses with it, on some
 //! ([`Excerpt`]). Both are one implementation: of a token ([`token`]), of a sum ([`sums`]).
 
+mod approximate;
 mod counterfactual;
 mod excerpt;
+mod filter;
 mod sums;
 mod token;
 
+pub use approximate::Approximation;
 pub use counterfactual::{
-    Bf16Sum, Counterfactual, LabelPlace, LabelSum, MaskedTokens, ScaleInBackward, ScatterOnto, TokenFactor,
+    Bf16Sum, Counterfactual, Filter, LabelPlace, LabelSum, MaskedTokens, ProcessSum, ScaleInBackward, ScatterOnto, TokenFactor,
 };
 pub use excerpt::{Excerpt, Rows};
 
 use super::step::Step;
+use filter::{Skipped, by_token_tile};
 use fused_xent_kernels::problem::Problem;
 use fused_xent_kernels::reference::{self, Forward, Gradients};
-use ndarray::{Array2, Axis, s};
+use ndarray::{Array2, ArrayView1, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
 use sums::UnembeddingSum;
@@ -63,24 +67,30 @@ impl Counterfactual {
         let mut gradients = Gradients::zeros(problem.shape());
         let mut forward = Vec::with_capacity(problem.shape().tokens);
         let mut d_unembedding = wanted.d_unembedding.then(|| UnembeddingSum::new(&replay, None));
-        for rows in reference::token_blocks(problem) {
+        let known = replay.recorded();
+        for rows in self.token_blocks(problem) {
             let mut z = reference::logits(problem, rows.clone());
             if self.padding_takes_part {
                 fill_padding(problem, rows.clone(), &mut z);
             }
-            let block: Vec<(TokenForward, Token)> = z
-                .axis_iter_mut(Axis(0))
-                .into_par_iter()
-                .zip(rows.clone())
-                .map(|(mut z, n)| {
-                    let logits = TokenLogits { n, row: Some(z.view()), known: &[] };
-                    let (forward, token) = (replay.forward(logits), replay.token(logits));
-                    z.iter_mut().enumerate().for_each(|(v, z)| *z = replay.dlogits(&token, v, *z));
-                    (forward, token)
-                })
-                .collect();
-            let (block_forward, tokens): (Vec<_>, Vec<_>) = block.into_iter().unzip();
+            let of_token = |(z, n): (ArrayView1<f64>, usize)| {
+                let logits = TokenLogits { n, row: Some(z), known: &known };
+                (replay.forward(logits), replay.token(logits))
+            };
+            let block = z.axis_iter(Axis(0)).into_par_iter().zip(rows.clone()).map(of_token);
+            let (block_forward, mut tokens): (Vec<TokenForward>, Vec<Token>) = block.unzip();
             forward.extend(block_forward);
+            let skipped = self.filter.map(|filter| {
+                let of_token = |(token, z)| replay.largest_of_tiles(filter, token, 0, z);
+                let largest = tokens.par_iter().zip(z.axis_iter(Axis(0)).into_par_iter()).map(of_token).collect();
+                Skipped::new(filter, &by_token_tile(filter, largest), (0..rows.len()).map(|i| i / filter.tokens))
+            });
+            skipped.iter().for_each(|skipped| skipped.drop_labels(&mut tokens));
+            z.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(i, mut z)| {
+                let kept = |v: usize| skipped.as_ref().is_none_or(|skipped| !skipped.at(i, v));
+                let dlogits = |v: usize, z: f64| if kept(v) { replay.dlogits(&tokens[i], v, z) } else { 0.0 };
+                z.iter_mut().enumerate().for_each(|(v, z)| *z = dlogits(v, *z));
+            });
             if wanted.d_hidden {
                 let parts = replay.d_hidden(&tokens, |ids| z.slice(s![.., ids]).into());
                 gradients.hidden.lse.slice_mut(s![rows.clone(), ..]).assign(&parts.lse);
@@ -94,6 +104,15 @@ impl Counterfactual {
             gradients.unembedding = sum.finish();
         }
         Outcome::new(&forward, gradients)
+    }
+
+    /// Blocks of tokens that hold whole tiles of them.
+    fn token_blocks(&self, problem: &Problem) -> impl Iterator<Item = Range<usize>> {
+        let tokens = problem.shape().tokens;
+        let block = reference::token_blocks(problem).next().map_or(1, |block| block.len());
+        let tile = self.filter.map_or(1, |filter| filter.tokens);
+        let block = (block / tile * tile).max(tile);
+        (0..tokens).step_by(block).map(move |start| start..(start + block).min(tokens))
     }
 }
 

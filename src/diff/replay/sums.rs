@@ -71,7 +71,11 @@ pub(super) struct UnembeddingSum<'a> {
     parts: Parts,
     /// The chunk of tokens that is being summed, if the sum over chunks is kept in bf16.
     chunk: Option<Array2<f64>>,
+    /// The labels of the tokens since `first`, with which the process whose tokens these are begins.
     labels: Vec<TokenLabel>,
+    first: usize,
+    /// The sum over the processes before it.
+    of_processes: Option<Parts>,
 }
 
 impl<'a> UnembeddingSum<'a> {
@@ -79,11 +83,53 @@ impl<'a> UnembeddingSum<'a> {
         let shape = replay.problem.shape();
         let zeros = || Array2::zeros((ids.map_or(shape.vocab, <[usize]>::len), shape.hidden));
         let chunk = replay.how.dk_sum.map(|_| zeros());
-        Self { replay, ids, parts: Parts { lse: zeros(), label: zeros() }, chunk, labels: vec![] }
+        Self { replay, ids, parts: Parts { lse: zeros(), label: zeros() }, chunk, labels: vec![], first: 0, of_processes: None }
     }
 
     /// Adds the tokens `rows`, which come after those before, with dlogits [ids, rows], the label's term apart.
     pub fn add(&mut self, rows: Range<usize>, tokens: &[Token], dlogits: ArrayView2<f64>) {
+        let all = self.replay.problem.shape().tokens;
+        let ends: Vec<usize> = self.replay.how.dk_processes.map_or(vec![], |sum| sum.ends(all).collect());
+        let mut start = rows.start;
+        while start < rows.end {
+            let end = ends.iter().copied().find(|&end| end > start).unwrap_or(all);
+            let some = start..end.min(rows.end);
+            let places = some.start - rows.start..some.end - rows.start;
+            self.add_of_process(some.clone(), end, &tokens[places.clone()], dlogits.slice(s![.., places]));
+            if some.end == end && end < all {
+                let parts = self.finish_process();
+                self.add_process(parts);
+                self.first = end;
+            }
+            start = some.end;
+        }
+    }
+
+    /// Takes the parts of a process whose tokens are all there, and begins anew.
+    fn finish_process(&mut self) -> Parts {
+        let fresh = Self::new(self.replay, self.ids);
+        let done = std::mem::replace(self, fresh);
+        self.of_processes = done.of_processes.clone();
+        done.finished()
+    }
+
+    fn add_process(&mut self, mut parts: Parts) {
+        let narrow = self.replay.how.dk_processes.is_some_and(|sum| sum.bf16);
+        if narrow {
+            parts.lse = parts.sum().mapv_into(bf16);
+            parts.label.fill(0.0);
+        }
+        self.of_processes = Some(match self.of_processes.take() {
+            None => parts,
+            Some(sum) => Parts { lse: &sum.lse + &parts.lse, label: &sum.label + &parts.label },
+        });
+        if let Some(sum) = self.of_processes.as_mut().filter(|_| narrow) {
+            sum.lse.mapv_inplace(bf16);
+        }
+    }
+
+    /// `end` is where the process's tokens end.
+    fn add_of_process(&mut self, rows: Range<usize>, end: usize, tokens: &[Token], dlogits: ArrayView2<f64>) {
         let how = self.replay.how;
         let label = |token: &Token| {
             let column = token.label.column.and_then(|c| self.ids.map_or(Some(c), |ids| ids.binary_search(&c).ok()));
@@ -94,7 +140,7 @@ impl<'a> UnembeddingSum<'a> {
         let q = reference::hidden_rows(self.replay.problem, rows.clone());
         let (left, right) = self.operands(&rows, tokens, &q, dlogits);
         let pieces = self.cuts(&rows);
-        let last = self.replay.problem.shape().tokens;
+        let first = self.first;
         let chunks = match &mut self.chunk {
             Some(chunk) => chunk.axis_chunks_iter_mut(Axis(0), IDS).map(Some).collect(),
             None => vec![],
@@ -116,7 +162,7 @@ impl<'a> UnembeddingSum<'a> {
                         add_label(how.label_sum, chunk.row_mut(place % IDS), &(&q.row(n - rows.start) * label.value));
                     }
                 }
-                if piece.end.is_multiple_of(kept.width) || piece.end == last {
+                if (piece.end - first).is_multiple_of(kept.width) || piece.end == end {
                     add_rounded(kept, sum.view_mut(), chunk.view());
                     chunk.fill(0.0);
                 }
@@ -163,8 +209,9 @@ impl<'a> UnembeddingSum<'a> {
         let how = self.replay.how;
         let (start, end) = how.dk_tokens.unwrap_or((0, usize::MAX));
         let used = rows.start.max(start)..rows.end.min(end);
+        let first = self.first;
         let mut cuts = vec![rows.start, rows.end, used.start.min(rows.end), used.end.max(rows.start)];
-        cuts.extend(how.dk_sum.into_iter().flat_map(|sum| rows.clone().filter(move |n| n.is_multiple_of(sum.width))));
+        cuts.extend(how.dk_sum.into_iter().flat_map(|sum| rows.clone().filter(move |n| (n - first).is_multiple_of(sum.width))));
         cuts.sort_unstable();
         cuts.dedup();
         let pieces = cuts.windows(2).map(|w| w[0]..w[1]);
@@ -173,6 +220,16 @@ impl<'a> UnembeddingSum<'a> {
 
     /// dK after the last token.
     pub fn finish(mut self) -> Parts {
+        if self.of_processes.is_none() {
+            return self.finished();
+        }
+        let parts = self.finish_process();
+        self.add_process(parts);
+        self.of_processes.expect("a process was added")
+    }
+
+    /// The parts of one process.
+    fn finished(mut self) -> Parts {
         let how = self.replay.how;
         let scatter = if let LabelSum::Bf16 { onto, .. } = how.label_sum { Some(onto) } else { None };
         if how.dk_parts_bf16 || matches!(scatter, Some(ScatterOnto::ZerosThenBf16 | ScatterOnto::LsePart)) {
@@ -193,7 +250,7 @@ impl<'a> UnembeddingSum<'a> {
         let how = self.replay.how;
         let (start, end) = how.dk_tokens.unwrap_or((0, usize::MAX));
         let mut sum = self.parts.lse.clone();
-        for (n, label) in self.labels.iter().enumerate().filter(|(n, _)| (start..end).contains(n)) {
+        for (n, label) in (self.first..).zip(&self.labels).filter(|(n, _)| (start..end).contains(n)) {
             if let Some(place) = label.column {
                 let q = reference::hidden_rows(self.replay.problem, n..n + 1);
                 add_label(how.label_sum, sum.row_mut(place), &(&q.row(0) * label.value));

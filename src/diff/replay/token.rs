@@ -1,24 +1,53 @@
 //! One token of a replay: what its logits come to, and its row of dlogits.
 
+use super::approximate::{Approximation, Exp};
 use super::counterfactual::{Counterfactual, LabelPlace, MaskedTokens, ScaleInBackward, bf16};
 use crate::diff::step::{Microbatch, Step};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, LossOptions, Problem};
 use fused_xent_kernels::reference;
-use ndarray::{Array2, ArrayView1};
+use ndarray::{Array2, ArrayView1, s};
 use std::ops::Range;
 
-/// A log-sum-exp over some of a token's logits.
+/// A number that a token's results are made of.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Reading {
     /// Vocab ids [start, end).
     pub ids: (usize, usize),
     /// What the logits are rounded to.
     pub logits: Precision,
+    pub of: Of,
+}
+
+/// What is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// The largest logit.
+    Max,
+    /// log Σ exp z; exponentials that are not exact are taken of z less the largest logit.
+    LogSumExp(Exp),
+    /// The lse that was recorded.
+    Recorded,
 }
 
 /// Log-sum-exps of every token, [N] each; NaN where one is not known.
 pub(super) type Known = Vec<(Reading, Vec<f64>)>;
+
+impl Reading {
+    /// It, of these logits; `max` is the largest of the whole.
+    pub fn of_logits(self, z: ArrayView1<f64>, max: impl Fn() -> f64) -> f64 {
+        let z = z.iter().map(|&z| self.logits.round(z));
+        match self.of {
+            Of::Max => z.fold(f64::NEG_INFINITY, f64::max),
+            Of::LogSumExp(Exp::Exact) => reference::log_sum_exp(z),
+            Of::LogSumExp(exp) => {
+                let max = max();
+                max + z.map(|z| exp.of(z - max)).sum::<f64>().ln()
+            }
+            Of::Recorded => f64::NAN,
+        }
+    }
+}
 
 /// The logits of one token, as far as they are at hand.
 #[derive(Clone, Copy)]
@@ -26,22 +55,11 @@ pub(super) struct TokenLogits<'a> {
     pub n: usize,
     /// All V; without them, only what is known and what is asked for one by one.
     pub row: Option<ArrayView1<'a, f64>>,
+    /// What is known of every token.
     pub known: &'a [(Reading, Vec<f64>)],
 }
 
 impl TokenLogits<'_> {
-    fn log_sum_exp(&self, reading: Reading) -> f64 {
-        let known = self.known.iter().find(|(known, _)| *known == reading).map(|(_, lse)| lse[self.n]);
-        match (known, self.row) {
-            (Some(lse), _) if !lse.is_nan() => lse,
-            (_, Some(row)) => {
-                let (start, end) = reading.ids;
-                reference::log_sum_exp(row.iter().take(end).skip(start).map(|&z| reading.logits.round(z)))
-            }
-            _ => f64::NAN,
-        }
-    }
-
     fn logit(&self, problem: &Problem, id: usize) -> f64 {
         self.row.map_or_else(|| logits(problem, self.n..self.n + 1, id..id + 1)[[0, 0]], |row| row[id])
     }
@@ -86,6 +104,7 @@ pub(super) struct Replay<'a> {
     pub how: &'a Counterfactual,
     pub problem: &'a Problem<'a>,
     targets: &'a [i64],
+    recorded_lse: Option<&'a Vec<f64>>,
     /// g of every token.
     g: Vec<f64>,
     /// Columns that take part.
@@ -95,10 +114,28 @@ pub(super) struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     pub fn new(how: &'a Counterfactual, step: &'a Step, m: usize) -> Self {
-        let Microbatch { problem, targets, .. } = &step.microbatches[m];
+        let Microbatch { problem, targets, recorded_lse, .. } = &step.microbatches[m];
         let g = how.cotangents(problem, how.own_factor(step, m));
         let valid = if how.padding_takes_part { problem.shape().vocab } else { problem.valid_columns() };
-        Self { how, problem, targets, g, valid, options: *problem.options() }
+        Self { how, problem, targets, recorded_lse: recorded_lse.as_ref(), g, valid, options: *problem.options() }
+    }
+
+    fn read(&self, logits: TokenLogits, reading: Reading) -> f64 {
+        let known = logits.known.iter().find(|(known, _)| *known == reading).map(|(_, lse)| lse[logits.n]);
+        match (known, logits.row) {
+            (Some(known), _) if !known.is_nan() => known,
+            (_, Some(row)) => {
+                let max = || self.read(logits, Reading { of: Of::Max, ids: (0, self.valid), ..reading });
+                reading.of_logits(row.slice(s![reading.ids.0..reading.ids.1]), max)
+            }
+            _ => f64::NAN,
+        }
+    }
+
+    /// What is known of every token without a look at its logits.
+    pub fn recorded(&self) -> Known {
+        let reading = Reading { ids: (0, self.valid), logits: Precision::F64, of: Of::Recorded };
+        self.recorded_lse.map(|lse| (reading, lse.clone())).into_iter().collect()
     }
 
     /// Whether masked tokens get a gradient.
@@ -114,12 +151,20 @@ impl<'a> Replay<'a> {
     }
 
     fn forward_readings(&self) -> Vec<Reading> {
-        let of = |start: usize, end: usize| Reading { ids: (start, end), logits: self.how.forward_logits };
-        let parts = match self.how.lse_misses {
-            None => vec![of(0, self.valid)],
-            Some((start, end)) => vec![of(0, start.min(self.valid)), of(end.min(self.valid), self.valid)],
+        let of = |ids: (usize, usize), of: Of| Reading { ids, logits: self.how.forward_logits, of };
+        if self.how.approximation == Approximation::AsRecorded {
+            return vec![Reading { ids: (0, self.valid), logits: Precision::F64, of: Of::Recorded }];
+        }
+        let exp = Of::LogSumExp(self.how.approximation.forward());
+        let mut readings = match self.how.lse_misses {
+            None => vec![of((0, self.valid), exp)],
+            Some((start, end)) => vec![of((0, start.min(self.valid)), exp), of((end.min(self.valid), self.valid), exp)],
         };
-        parts.into_iter().filter(|reading| reading.ids.0 < reading.ids.1).collect()
+        readings.retain(|reading| reading.ids.0 < reading.ids.1);
+        if self.how.approximation != Approximation::None {
+            readings.push(of((0, self.valid), Of::Max));
+        }
+        readings
     }
 
     /// Those of the vocab shards, where each normalises by its own.
@@ -128,14 +173,20 @@ impl<'a> Replay<'a> {
             return vec![];
         }
         let width = self.valid.div_ceil(self.how.local_lse_shards);
-        let shard = |start| Reading { ids: (start, (start + width).min(self.valid)), logits: Precision::F64 };
+        let of = Of::LogSumExp(Exp::Exact);
+        let shard = |start| Reading { ids: (start, (start + width).min(self.valid)), logits: Precision::F64, of };
         (0..self.valid).step_by(width).map(shard).collect()
     }
 
     fn lse(&self, logits: TokenLogits) -> f64 {
-        let parts = self.forward_readings().into_iter().map(|reading| logits.log_sum_exp(reading));
+        let readings = self.forward_readings();
+        let (max, parts): (Vec<Reading>, Vec<Reading>) = readings.into_iter().partition(|reading| reading.of == Of::Max);
         let padding = (self.how.padding_in_lse > 0).then(|| (self.how.padding_in_lse as f64).ln());
-        reference::log_sum_exp(parts.chain(padding).collect::<Vec<f64>>().into_iter())
+        let parts: Vec<f64> = parts.into_iter().map(|reading| self.read(logits, reading)).chain(padding).collect();
+        match max.first().map(|max| self.read(logits, *max)) {
+            None => reference::log_sum_exp(parts.into_iter()),
+            Some(max) => max + self.how.approximation.log(parts.into_iter().map(|part| (part - max).exp()).sum()),
+        }
     }
 
     /// The label that a token counts with.
@@ -197,7 +248,7 @@ impl<'a> Replay<'a> {
         };
         // Where 1 is taken off P, the label has no term of its own.
         let label = TokenLabel { column, value: column.filter(|_| !how.p_minus_one_bf16).map_or(0.0, value) };
-        let mut lses: Vec<f64> = self.shard_readings().into_iter().map(|reading| logits.log_sum_exp(reading)).collect();
+        let mut lses: Vec<f64> = self.shard_readings().into_iter().map(|reading| self.read(logits, reading)).collect();
         if lses.is_empty() {
             lses.push(how.stored_lse.round(lse));
         }
@@ -230,14 +281,14 @@ impl<'a> Replay<'a> {
         self.how.vocab_end.map_or(self.valid, |end| end.min(self.valid))
     }
 
-    /// dlogits at vocab id `v` of logit `z`, the label's term apart.
+    /// dlogits at vocab id `v` of logit `z`, the label's term apart, before any tile is skipped.
     pub fn dlogits(&self, token: &Token, v: usize, z: f64) -> f64 {
         if !token.takes_part || v >= self.end() {
             return 0.0;
         }
         let how = self.how;
         let z = self.backward_logit(z);
-        let p = (z - token.lses[v / token.shard]).exp();
+        let p = how.approximation.backward().of(z - token.lses[v / token.shard]);
         let (lse_slope, label_slope) = (self.slope(z, how.no_softcap_derivative.0), self.slope(z, how.no_softcap_derivative.1));
         if !how.p_minus_one_bf16 {
             return how.dlogits.round(token.p_factor * p * lse_slope + token.constant * label_slope);
