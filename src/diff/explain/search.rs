@@ -26,6 +26,9 @@ const NEAR_THE_BEST: f64 = 16.0;
 const AT_LEAST: usize = 6;
 const AT_MOST: usize = 24;
 
+/// Elements of K, over all microbatches, with which a hypothesis is tried on few rows in no time.
+const LITTLE_WORK: usize = 1 << 19;
+
 pub(super) struct Search<'a> {
     case: &'a Case<'a>,
     progress: &'a dyn Progress,
@@ -105,18 +108,27 @@ impl<'a> Search<'a> {
         faults.into_par_iter().map(bounded).collect()
     }
 
-    /// Gradient filters with tiles of many tokens, where those with tiles of one explain a good part of the tokens' rows.
+    /// Gradient filters with tiles of many tokens, where those with tiles of one explain a good part of the tokens' rows,
+    /// or where it takes no time to try.
     fn filters(&mut self, bounded: &[(f64, Fault)], applied: &Counterfactual, current: &Fit) -> Vec<Fault> {
         let filters = bounded.iter().filter_map(|(left, fault)| match fault {
             Fault::GradientFilter(filter) => Some((*left, filter)),
             _ => None,
         });
-        let best =
-            filters.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(left, _)| *left <= GOOD_PART * self.few.left_of_tokens(current));
-        let Some((_, Filter { eps: least, .. })) = best else { return vec![] };
-        // More tokens in a tile: fewer tiles below a threshold, so that it is higher.
-        let thresholds = THRESHOLDS.into_iter().filter(|eps| (0.5..200.0).contains(&(eps / least)));
+        let scouts = filters.min_by(|a, b| a.0.total_cmp(&b.0));
+        let there_is = self.few.left_of_tokens(current);
+        let Some((left, Filter { eps: least, .. })) = scouts.filter(|_| there_is > 0.0) else { return vec![] };
+        let work = |m: &usize| self.case.step.microbatches[*m].problem.unembedding().len();
+        let thresholds: Vec<f64> = if left <= GOOD_PART * there_is {
+            // More tokens in a tile: fewer tiles below a threshold, so that it is higher.
+            THRESHOLDS.into_iter().filter(|eps| (0.5..200.0).contains(&(eps / least))).collect()
+        } else if self.case.judged.iter().map(work).sum::<usize>() <= LITTLE_WORK {
+            THRESHOLDS.to_vec()
+        } else {
+            return vec![];
+        };
         let faults: Vec<Fault> = thresholds
+            .into_iter()
             .flat_map(|eps| FILTER_TILES.map(|tokens| (eps, tokens)))
             .flat_map(|(eps, tokens)| FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids })))
             .collect();

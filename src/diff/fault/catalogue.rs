@@ -77,7 +77,7 @@ catalogue! {
     "prob-minus-one-bf16" PRECISION Fault::ProbMinusOneBf16, "P is stored in bf16 and 1 taken off at the label in bf16",
         "label column only; confident tokens lose their gradient",
         "form P − 1 in f32 before any rounding";
-    "gradient-filter" PRECISION Fault::GradientFilter(Filter { eps: 1.0 / 4096.0, tokens: 32, ids: 64 }), "tiles of dlogits that are all small are skipped in the backward",
+    "gradient-filter" PRECISION Fault::GradientFilter(Filter { eps: 1.0 / 256.0, tokens: 16, ids: 16 }), "tiles of dlogits that are all small are skipped in the backward",
         "a bias, not noise; Σ_v dK ≠ 0",
         "turn the filter off, or lower its threshold until gradients agree";
     "approximate-exp-log" PRECISION Fault::ApproximateExpLog(Approximation::Log { degree: 4 }), "exp or log is of low accuracy",

@@ -13,7 +13,7 @@ use crate::diff::step::Step;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, Problem, Sample, Shape};
 use fused_xent_kernels::reference::{self, Gradients};
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -31,6 +31,9 @@ pub struct Excerpt<'a> {
     /// z of the sampled tokens, [tokens, V], and of the sampled ids, [ids, N]; padding columns are there too.
     of_tokens: Array2<f64>,
     of_ids: Array2<f64>,
+    /// lse of the sampled tokens, and Σ_v P·slope·K, [tokens, D]: the lse part of dQ for a cotangent of 1.
+    lse: Vec<f64>,
+    unit: Array2<f64>,
     known: Known,
     /// The largest |dlogits/g| of each tile, for filters of tiles under a computation.
     largest: Vec<(Counterfactual, Array2<f64>)>,
@@ -66,9 +69,14 @@ impl<'a> Excerpt<'a> {
         let lse = lse.iter().zip(masked).map(|(&lse, masked)| if masked { f64::NAN } else { lse }).collect();
         let of = Of::LogSumExp(Exp::Exact);
         let reading = Reading { ids: (0, problem.valid_columns()), logits: Precision::F64, of };
-        let mut known = Replay::new(&Counterfactual::default(), step, m).recorded();
+        let right = Counterfactual::default();
+        let replay = Replay::new(&right, step, m);
+        let mut known = replay.recorded();
         known.push((reading, lse));
-        Self { step, m, sample, of_tokens, of_ids, known, largest: vec![] }
+        let of_row = |z: ArrayView1<f64>| reading.of_logits(z.slice(s![..problem.valid_columns()]), || 0.0);
+        let lse: Vec<f64> = of_tokens.axis_iter(Axis(0)).into_par_iter().map(of_row).collect();
+        let unit = replay.lse_part_for_one(&of_tokens, &lse);
+        Self { step, m, sample, of_tokens, of_ids, lse, unit, known, largest: vec![] }
     }
 
     /// The rows that are there.
@@ -205,13 +213,23 @@ impl<'a> Excerpt<'a> {
             let mut tokens: Vec<Token> = tokens.into_iter().flatten().collect();
             let skipped = how.filter.map(|filter| self.skipped(&replay, filter, rows, &tokens));
             skipped.iter().for_each(|skipped| skipped.drop_labels(&mut tokens));
-            gradients.hidden = replay.d_hidden(&tokens, |ids| {
-                let dlogits = |(i, v): (usize, usize)| match &skipped {
-                    Some(skipped) if skipped.at(i, ids.start + v) => 0.0,
-                    _ => replay.dlogits(&tokens[i], ids.start + v, self.of_tokens[[rows.tokens[i], ids.start + v]]),
-                };
-                Array2::from_shape_fn((tokens.len(), ids.len()), dlogits).into()
+            let scale = |(token, &place): (&Token, &usize)| replay.scale_of_p(token, self.lse[place]);
+            let scales: Option<Vec<f64>> = tokens.iter().zip(&rows.tokens).map(scale).collect();
+            let scaled = scales.map(|scales| {
+                let mut lse = self.unit.select(Axis(0), &rows.tokens);
+                lse.outer_iter_mut().zip(scales).for_each(|(mut row, scale)| row *= scale);
+                lse
             });
+            let product = || {
+                replay.d_hidden(&tokens, |ids| {
+                    let dlogits = |(i, v): (usize, usize)| match &skipped {
+                        Some(skipped) if skipped.at(i, ids.start + v) => 0.0,
+                        _ => replay.dlogits(&tokens[i], ids.start + v, self.of_tokens[[rows.tokens[i], ids.start + v]]),
+                    };
+                    Array2::from_shape_fn((tokens.len(), ids.len()), dlogits).into()
+                })
+            };
+            gradients.hidden = scaled.map_or_else(product, |lse| replay.with_labels(&tokens, lse));
         }
         if wanted.d_unembedding {
             let ids: Vec<usize> = rows.ids.iter().map(|&place| self.sample.ids()[place]).collect();

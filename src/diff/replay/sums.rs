@@ -22,8 +22,7 @@ impl Replay<'_> {
     pub fn d_hidden<'z>(&self, tokens: &[Token], dlogits: impl Fn(Range<usize>) -> CowArray<'z, f64, Ix2> + Sync) -> Parts {
         let how = self.how;
         let (start, end) = how.dq_vocab.unwrap_or((0, self.problem.shape().vocab));
-        let zeros = || Array2::zeros((tokens.len(), self.problem.shape().hidden));
-        let mut out = Parts { lse: zeros(), label: zeros() };
+        let mut lse = Array2::zeros((tokens.len(), self.problem.shape().hidden));
         let width = how.dq_sum.map_or(IDS, |sum| sum.width);
         let tiles: Vec<Range<usize>> = (start..end).step_by(width).map(|v| v..(v + width).min(end)).collect();
         for some in tiles.chunks(4 * rayon::current_num_threads()) {
@@ -42,11 +41,29 @@ impl Replay<'_> {
             let parts: Vec<Array2<f64>> = some.par_iter().map(product).collect();
             for part in &parts {
                 match how.dq_sum {
-                    None => out.lse += part,
-                    Some(sum) => add_rounded(sum, out.lse.view_mut(), part.view()),
+                    None => lse += part,
+                    Some(sum) => add_rounded(sum, lse.view_mut(), part.view()),
                 }
             }
         }
+        self.with_labels(tokens, lse)
+    }
+
+    /// Σ_v P·slope·K of tokens whose logits are `z`, [tokens, V].
+    pub fn lse_part_for_one(&self, z: &Array2<f64>, lse: &[f64]) -> Array2<f64> {
+        let tokens: Vec<Token> = lse.iter().map(|&lse| self.token_of_one(lse)).collect();
+        let dlogits = |ids: Range<usize>| {
+            let dlogits = |(i, v)| self.dlogits(&tokens[i], ids.start + v, z[[i, ids.start + v]]);
+            Array2::from_shape_fn((tokens.len(), ids.len()), dlogits).into()
+        };
+        self.d_hidden(&tokens, dlogits).lse
+    }
+
+    /// dQ of some tokens, given its lse part but for constant factors.
+    pub fn with_labels(&self, tokens: &[Token], lse: Array2<f64>) -> Parts {
+        let how = self.how;
+        let (start, end) = how.dq_vocab.unwrap_or((0, self.problem.shape().vocab));
+        let mut out = Parts { label: Array2::zeros(lse.dim()), lse };
         if how.dq_sum.is_none() {
             for (mut row, label) in out.label.outer_iter_mut().zip(tokens.iter().map(|t| t.label)) {
                 if let Some(c) = label.column.filter(|c| (start..end).contains(c)) {

@@ -138,6 +138,28 @@ impl<'a> Replay<'a> {
         self.recorded_lse.map(|lse| (reading, lse.clone())).into_iter().collect()
     }
 
+    /// What multiplies a token's Σ_v exp(z_v − lse)·slope·K_v, where the lse part of its dQ is no more than that.
+    pub fn scale_of_p(&self, token: &Token, lse: f64) -> Option<f64> {
+        let how = self.how;
+        let plain = Counterfactual {
+            dlogits: how.dlogits,
+            p_minus_one_bf16: how.p_minus_one_bf16,
+            backward_logits: how.backward_logits,
+            scale: how.scale,
+            no_softcap_derivative: (how.no_softcap_derivative.0, false),
+            local_lse_shards: how.local_lse_shards,
+            padding_takes_part: how.padding_takes_part,
+            vocab_end: how.vocab_end,
+            dq_vocab: how.dq_vocab,
+            dq_sum: how.dq_sum,
+            filter: how.filter,
+            ..Counterfactual::default()
+        } == Counterfactual::default();
+        let exact = how.approximation.backward() == Exp::Exact && self.options.label_smoothing == 0.0;
+        let factor = || if token.takes_part { token.p_factor * (lse - token.lses[0]).exp() } else { 0.0 };
+        (plain && exact).then(factor)
+    }
+
     /// Whether masked tokens get a gradient.
     pub fn masked_take_part(&self) -> bool {
         self.how.masked != MaskedTokens::TakeNoPart
@@ -255,6 +277,12 @@ impl<'a> Replay<'a> {
         let p_factor = g * (1.0 + 2.0 * z_loss * lse);
         let constant = -g * smoothing / self.valid as f64;
         Token { g, takes_part, p_factor, constant, lses, shard: self.valid.div_ceil(how.local_lse_shards), label }
+    }
+
+    /// A token without a label, whose P counts once.
+    pub fn token_of_one(&self, lse: f64) -> Token {
+        let (lses, shard) = (vec![lse], self.valid.max(1));
+        Token { g: 1.0, takes_part: true, p_factor: 1.0, constant: 0.0, lses, shard, label: TokenLabel::default() }
     }
 
     /// ∂z/∂(Q·Kᵀ) at logit `z`.
