@@ -3,7 +3,7 @@
 use super::Case;
 use super::bench::Fit;
 use super::search::EQUAL;
-use crate::diff::fault::Fault;
+use crate::diff::fault::{Fault, told_apart_by};
 use crate::report::model::{Confidence, Finding, RunnerUp, TensorReport, Verdict};
 use serde_json::{Map, Value};
 
@@ -131,4 +131,12 @@ fn parameters(fault: &Fault, left: f64, fits: &[(Fault, Fit)]) -> Map<String, Va
         }
     }
     out
+}
+
+/// What to capture to tell the causes of a group apart.
+pub(super) fn to_tell_apart(causes: &[&str]) -> String {
+    let mut by: Vec<&str> = causes.iter().map(|cause| told_apart_by(cause)).collect();
+    by.sort_unstable();
+    by.dedup();
+    format!("; {} do the same here: to tell them apart, capture {}", causes.join(", "), by.join("; and "))
 }

@@ -210,7 +210,7 @@ impl Observed<'_> {
         if !self.lse.is_off_by_little() {
             return vec![];
         }
-        let logs = (2..=6).map(|degree| Approximation::Log { degree });
+        let logs = (3..=6).map(|degree| Approximation::Log { degree });
         let in_passes = [false, true].into_iter();
         let exps = in_passes.flat_map(|in_backward| {
             let polynomials = (2..=5).map(move |degree| Approximation::Exp { degree, in_backward });

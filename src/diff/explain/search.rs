@@ -1,7 +1,7 @@
 //! The search for the faults that explain a case: every hypothesis on few rows, the best on more.
 
 use super::bench::{Bench, Fit, Side, Trial};
-use super::finding::finding;
+use super::finding::{finding, to_tell_apart};
 use super::hypotheses::{FILTER_TILES, Observed, THRESHOLDS, hypotheses};
 use super::lse::SeenLse;
 use super::{Case, excerpts};
@@ -240,6 +240,10 @@ impl<'a> Search<'a> {
         let explained = |fit: &Fit| 1.0 - fit.left() / base.left();
         let mut finding = finding(fault, fits, fit, current, runner_up.map(|(other, fit)| (other, fit, explained(fit))));
         (finding.rank, finding.confidence, finding.explained) = (rank, confidence, explained(&alone));
+        if !same.is_empty() {
+            let causes: Vec<&str> = std::iter::once(fault.slug()).chain(same.iter().map(String::as_str)).collect();
+            finding.evidence += &to_tell_apart(&causes);
+        }
         finding.indistinguishable_from = same;
         Some((finding, place))
     }

@@ -162,3 +162,27 @@ catalogue! {
         "label part × shards",
         "add the label term only on the shard that owns the id";
 }
+
+/// What to capture to tell faults from this one that do the same in a dump.
+pub fn told_apart_by(slug: &str) -> &'static str {
+    match slug {
+        "mean-over-all-tokens" | "mean-of-means" | "not-averaged" | "last-microbatch-only" => {
+            "several microbatches with different numbers of valid tokens, and gradients of each"
+        }
+        "dq-cotangent-missing"
+        | "dk-cotangent-missing"
+        | "first-cotangent-for-all"
+        | "token-weights-ignored"
+        | "ignored-leak" => "tokens of different weights, some of them masked",
+        "gq-bf16" | "dlogits-bf16" | "prob-minus-one-bf16" | "label-grad-rounded" => {
+            "gradients in float32, with a cotangent that is no power of two"
+        }
+        "dq-not-reduced" | "dq-accumulate-bf16" => "the parts of dQ, in float32",
+        "dk-not-reduced" | "dk-accumulate-bf16" | "dk-parts-rounded" | "label-scatter-bf16" => "the parts of dK, in float32",
+        "label-logit-bf16" | "loss-subtract-bf16" => "loss and label logits, in float32",
+        slug if slug.contains("lse") || slug.contains("logits") || slug.contains("exp") || slug.contains("pad") => {
+            "lse, in float32"
+        }
+        _ => "the parts of dQ and dK, in float32, and tokens of more labels",
+    }
+}

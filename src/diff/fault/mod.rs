@@ -3,7 +3,7 @@
 mod catalogue;
 mod parameters;
 
-pub use catalogue::{CATALOGUE, Entry};
+pub use catalogue::{CATALOGUE, Entry, told_apart_by};
 
 use super::replay::{
     Approximation, Bf16Sum, Counterfactual, Filter, LabelPlace, LabelSum, MaskedTokens, ProcessSum, ScaleInBackward, ScatterOnto,
