@@ -15,6 +15,8 @@ use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
 pub(super) struct TensorFit {
     /// ‖candidate − computed‖² / ‖reference‖²; of a tensor that agrees, only what exceeds its limit.
     left: f64,
+    /// What of that a floor would leave.
+    floor: f64,
     /// ‖candidate − computed‖ over the floor.
     ratio: f64,
     /// The same over what the tensor's verdict allows.
@@ -30,6 +32,11 @@ pub(super) struct Fit {
 impl Fit {
     pub fn left(&self) -> f64 {
         self.tensors.iter().map(|t| t.left).sum()
+    }
+
+    /// What is left beyond the floor.
+    pub fn beyond_floor(&self) -> f64 {
+        self.tensors.iter().map(|t| (t.left - t.floor).max(0.0)).sum()
     }
 
     pub fn ratio(&self) -> f64 {
@@ -97,12 +104,13 @@ impl<'a> Target<'a> {
             return TensorFit::default();
         }
         if !deviation.is_finite() {
-            return TensorFit { left: f64::INFINITY, ratio: f64::INFINITY, of_limit: f64::INFINITY };
+            return TensorFit { left: f64::INFINITY, floor: 0.0, ratio: f64::INFINITY, of_limit: f64::INFINITY };
         }
         let excess = if self.diverges { deviation } else { (deviation - self.ratio_limit * self.floor).max(0.0) };
         // A gradient that a fault scales carries a floor scaled alike.
         let ratio = deviation / (self.floor * (norm(computed) / self.size).max(SMALLEST_SCALE));
-        TensorFit { left: (excess / self.size).powi(2), ratio, of_limit: ratio / self.ratio_limit }
+        let floor = if self.diverges { (self.floor / self.size).powi(2) } else { 0.0 };
+        TensorFit { left: (excess / self.size).powi(2), floor, ratio, of_limit: ratio / self.ratio_limit }
     }
 }
 

@@ -207,8 +207,11 @@ impl<'a> Search<'a> {
 
     /// The finding that the best fit makes, if it is good enough, and its place among `fits`, which come best first.
     pub fn name(&mut self, fits: &[(Fault, Fit)], current: &Fit, rank: usize) -> Option<(Finding, usize)> {
-        let best = fits.first()?.1.left();
-        if 1.0 - best / current.left() < NAMED {
+        let (_, best_fit) = fits.first()?;
+        let best = best_fit.left();
+        // Where the deviation is little more than the floor, no fault removes most of it: most of what is beyond counts.
+        let explains = |what: fn(&Fit) -> f64| 1.0 - what(best_fit) / what(current) >= NAMED;
+        if !explains(Fit::left) && !(best_fit.at_floor() && explains(Fit::beyond_floor)) {
             return None;
         }
         // Among equal fits the most specific fault is named.
