@@ -33,7 +33,10 @@ pub(super) fn words(pattern: &Pattern, stage: &str) -> String {
         other => other.to_owned(),
     };
     let share = if pattern.share >= ALL { "all of it".to_owned() } else { format!("{} of its square", percent(pattern.share)) };
-    let mut text = format!("The error {how} ({share})");
+    let mut text = match pattern.kind.as_str() {
+        "uniform" => format!("The error {how}"),
+        _ => format!("The error {how} ({share})"),
+    };
     if let Some(alpha) = pattern.alpha.filter(|_| pattern.kind != "zero_rows") {
         text += &format!(", α = {}", value(alpha));
     }
