@@ -271,11 +271,12 @@ impl View<'_> {
             let gradients = [Stage::DHidden, Stage::DUnembedding];
             let strict =
                 at_the_strictest.get_or_insert_with(|| gradients.into_iter().filter(|&stage| agrees(&compared, stage)).collect());
-            if chosen.is_some() && strict.iter().any(|&stage| all(&compared, stage, |t| t.ratio < FAR_BELOW)) {
-                continue;
-            }
-            if compared.verdict == Verdict::Agree {
+            let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
+            if compared.verdict == Verdict::Agree && !strict.iter().any(far_below) {
                 return Ok(compared);
+            }
+            if gradients.iter().any(far_below) {
+                continue;
             }
             if !chosen.as_ref().is_some_and(|(report, _)| agrees(report, Stage::DHidden)) {
                 chosen = Some((compared, tolerances));
