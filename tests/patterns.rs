@@ -1,8 +1,8 @@
 //! How an error lies: planted errors are found with their numbers, and honest noise is none.
 
 use fused_xent::diff::compare::{Context, compare};
-use fused_xent::diff::counterfactual::{Microbatch, Step};
 use fused_xent::diff::fault::Fault;
+use fused_xent::diff::step::{Microbatch, Step};
 use fused_xent::diff::synth::{SynthOptions, synth};
 use fused_xent::diff::truth::{Stage, Truth, stage_error};
 use fused_xent::diff::{Candidate, Settings, judge};
@@ -60,8 +60,9 @@ impl Case {
         let targets = targets.iter().map(|&t| i64::from(t)).collect::<Vec<_>>();
         let labels = targets.iter().map(|&t| usize::try_from(t).ok()).collect();
         let step = Step {
-            microbatches: vec![Microbatch { problem, targets, index: 0 }],
+            microbatches: vec![Microbatch { problem, targets, recorded_lse: None, index: 0 }],
             num_microbatches: 1,
+            processes: 1,
             reduction: StepReduction::default(),
             own_carries_step_factor: false,
         };

@@ -201,9 +201,12 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         self.active.into_iter().zip(rows).collect()
     }
 
+    /// Makes room for the logits of a plan. What an earlier call left is used, unless with the rest it would exceed the bound.
     fn reserve(&self, plan: Plan, sinks: &mut Sinks) {
-        let len = plan.tokens.next_multiple_of(I::NR) * plan.stripe;
-        if sinks.workspace.len() < len {
+        let tokens = plan.tokens.next_multiple_of(I::NR);
+        let len = tokens * plan.stripe;
+        let most = (self.settings.workspace.saturating_sub(tokens * self.bytes_per_token()) / size_of::<f32>()).max(len);
+        if !(len..=most).contains(&sinks.workspace.len()) {
             // What is there goes first, so that there is never more than the larger of the two.
             *sinks.workspace = Vec::new();
             *sinks.workspace = memory::zeros(len);

@@ -167,7 +167,8 @@ fn ratio_limit(tolerance: &Tolerance, rows: Range<usize>) -> f64 {
 /// equal values is no noise); final roundings are independent.
 fn scale_limit(tolerance: &Tolerance, rows: &Rows, ratio_limit: f64) -> f64 {
     let norm = rows.reference.sum();
-    if norm == 0.0 {
+    // What float32 flushes to 0 says nothing of a factor.
+    if norm < f64::from(f32::MIN_POSITIVE).powi(2) {
         return f64::INFINITY;
     }
     let (before, rounding) = tolerance.projected(rows.reference.iter().copied());

@@ -7,7 +7,7 @@
 //! each token tile, and a few ids of each vocab tile, are looked at.
 
 use super::candidate::Values;
-use super::counterfactual::Step;
+use super::step::Step;
 use super::truth::{Stage, Truth};
 use crate::report::plots::{Crossing, CrossingMap};
 use fused_xent_kernels::problem::{Label, Problem};

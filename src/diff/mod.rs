@@ -7,18 +7,18 @@
 
 pub mod candidate;
 pub mod compare;
-pub mod counterfactual;
 mod cpu;
 mod crossing;
 mod error;
 pub mod explain;
 pub mod fault;
-pub mod hypotheses;
 mod owners;
 mod pattern;
 mod plots;
 mod recorded;
+pub mod replay;
 pub mod sampling;
+pub mod step;
 pub mod synth;
 mod tiling;
 pub mod truth;
@@ -33,16 +33,18 @@ use crate::report::model::{
 use crate::report::plots::{Crossing, Presence};
 use candidate::Produced;
 use compare::{Context, compare};
-use counterfactual::{Microbatch, Step};
+use explain::Tolerances;
 use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Floor, Tolerance};
 use fused_xent_kernels::problem::{Label, Sample};
 use ndarray::{Array2, Axis};
 use sampling::Sampling;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
+use step::{Microbatch, Step};
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
 
 /// What to judge.
@@ -161,12 +163,14 @@ fn judge_step(
         .iter()
         .map(|(index, l)| {
             let targets = l.targets.targets().map_or(vec![], |t| (0..t.len()).map(|n| t.get(n)).collect());
-            Ok(Microbatch { problem: l.problem()?, targets, index: *index })
+            let recorded_lse = dumped.folder(*index)?.load("lse")?.map(|lse| lse.tensor.to_f64());
+            Ok(Microbatch { problem: l.problem()?, targets, recorded_lse, index: *index })
         })
         .collect::<Result<Vec<_>, DiffError>>()?;
     let step = Step {
         microbatches,
         num_microbatches: dumped.num_microbatches,
+        processes: run.process_count,
         reduction: dumped.loss.reduction,
         own_carries_step_factor: dumped.loss.microbatch_gradients == MicrobatchGradients::Step,
     };
@@ -252,10 +256,10 @@ impl View<'_> {
     /// Where none fits, it is judged under the strictest that its dQ fits. A kernel that rounds dlogits shows it in dQ and in
     /// dK: a contract whose floor one of them stays far below, in every microbatch, is not the one that it keeps.
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
-        let mut chosen: Option<CandidateReport> = None;
+        let mut chosen: Option<(CandidateReport, Tolerances)> = None;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
-            let compared = self.compare(run_id, produced, contract)?;
+            let (compared, tolerances) = self.compare(run_id, produced, contract)?;
             self.progress.advance(1);
             let far_below = |stage| reports(&compared, stage).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW));
             if chosen.is_some() && (far_below(Stage::DHidden) || far_below(Stage::DUnembedding)) {
@@ -264,29 +268,38 @@ impl View<'_> {
             if compared.verdict == Verdict::Agree {
                 return Ok(compared);
             }
-            let fits =
-                |report| reports(report, Stage::DHidden).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree));
-            if !chosen.as_ref().is_some_and(fits) {
-                chosen = Some(compared);
+            let fits = |report: &CandidateReport| {
+                reports(report, Stage::DHidden).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree))
+            };
+            if !chosen.as_ref().is_some_and(|(report, _)| fits(report)) {
+                chosen = Some((compared, tolerances));
             }
         }
-        let mut report = chosen.expect("every candidate has a contract");
+        let (mut report, tolerances) = chosen.expect("every candidate has a contract");
         let case = explain::Case {
             step: self.step,
             judged: self.judged,
+            truths: self.truths,
             produced,
+            tolerances: &tolerances,
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
+        report.findings = case.explain(self.progress);
         report.crossing = self.crossing(produced, &report);
-        report.findings = if report.sample.is_some() { case.unexplained() } else { case.explain(self.progress) };
         Ok(report)
     }
 
-    fn compare(&self, run_id: &str, produced: &Produced, contract: &Contract) -> Result<CandidateReport, DiffError> {
+    fn compare(
+        &self,
+        run_id: &str,
+        produced: &Produced,
+        contract: &Contract,
+    ) -> Result<(CandidateReport, Tolerances), DiffError> {
         let floors = self.floors(contract)?;
         let mut total: Option<Accumulated> = None;
         let mut microbatches = Vec::new();
+        let mut tolerances = Tolerances::default();
         let mut all_labels = Vec::new();
         for ((&m, floor), stages) in self.judged.iter().zip(&floors).zip(&produced.microbatches) {
             let problem = &self.step.microbatches[m].problem;
@@ -296,6 +309,7 @@ impl View<'_> {
                 .map(|l| if let Label::Column(label) = l { Some(*label as usize) } else { None })
                 .collect();
             let outcome = &self.truth(m).outcome;
+            let mut tolerated = BTreeMap::new();
             let tensors = stages
                 .iter()
                 .map(|(&stage, values)| {
@@ -305,9 +319,11 @@ impl View<'_> {
                     let context = self.context(m, stage, values.precision, &tolerance, &labels, &owners);
                     let mut tensor = compare(&context, values.values.view(), reference.view());
                     pattern::blame_input(&mut tensor, std::iter::once(problem));
+                    tolerated.insert(stage, tolerance);
                     tensor
                 })
                 .collect();
+            tolerances.microbatches.push(tolerated);
             if produced.accumulated.is_some() {
                 Accumulated::add(&mut total, self.step, m, &outcome.stage(Stage::DUnembedding), &floor.unembedding.sum);
             }
@@ -333,11 +349,12 @@ impl View<'_> {
                 pattern::factors_of_microbatches(&mut tensor, &tolerance, values.values.view(), &rows, &parts);
             }
             let grad_norm = context.rows.is_none().then(|| grad_norm(values, &total, &tolerance));
+            tolerances.accumulated = Some((tolerance, total.value));
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
         let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
         let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
-        Ok(CandidateReport {
+        let report = CandidateReport {
             candidate: produced.name.clone(),
             description: produced.description.clone(),
             run_id: run_id.into(),
@@ -357,7 +374,8 @@ impl View<'_> {
             findings: vec![],
             crossing: None,
             presence: self.presence.clone(),
-        })
+        };
+        Ok((report, tolerances))
     }
 
     /// Where in the logits the worst of the gradients' errors comes from.
