@@ -211,7 +211,8 @@ impl<'a> Search<'a> {
         let best = best_fit.left();
         // Where the deviation is little more than the floor, no fault removes most of it: most of what is beyond counts.
         let explains = |what: fn(&Fit) -> f64| 1.0 - what(best_fit) / what(current) >= NAMED;
-        if !explains(Fit::left) && !(best_fit.at_floor() && explains(Fit::beyond_floor)) {
+        let good = explains(Fit::left) || (best_fit.at_floor() && explains(Fit::beyond_floor));
+        if !good {
             return None;
         }
         // Among equal fits the most specific fault is named.
@@ -285,5 +286,15 @@ fn kept(mut rated: Vec<(f64, Fault)>, there_is: f64, another: f64) -> Vec<Fault>
     let most = (GOOD_PART * there_is).min(NEAR_THE_BEST * best);
     let good = rated.iter().take_while(|(left, _)| *left <= most).count();
     let fewest = if another.is_finite() { 0 } else { AT_LEAST };
-    rated.into_iter().take(good.clamp(fewest, AT_MOST)).map(|(_, fault)| fault).collect()
+    let number = good.clamp(fewest, AT_MOST).min(rated.len());
+    let mut out: Vec<Fault> = rated.drain(..number).map(|(_, fault)| fault).collect();
+    // Variants of one fault do not crowd out others: the best of each that is good, and at least one to compare with.
+    for (left, fault) in rated {
+        let new = out.iter().all(|kept| kept.slug() != fault.slug());
+        let alone = fewest > 0 && out.iter().all(|kept| kept.slug() == out[0].slug());
+        if new && (left <= most || alone) {
+            out.push(fault);
+        }
+    }
+    out
 }
