@@ -292,16 +292,12 @@ fn a_factor_per_microbatch() {
     assert!(accumulated.per_microbatch.iter().zip([0.0, 0.0, 1.0]).all(near), "{accumulated:?}");
 }
 
-#[test]
-fn an_input_that_is_not_finite_is_to_blame() {
-    let folder = tempfile::tempdir().unwrap();
-    synth(folder.path(), &SynthOptions { tokens: 40, hidden: 16, vocab: 50, microbatches: 1, ..SynthOptions::default() }, &())
-        .unwrap();
-    let microbatch = folder.path().join("proc_00000/step_00000000/mb_0000");
-    let (payload, manifest) = (microbatch.join("hidden.0.npy"), microbatch.join("manifest.json"));
+/// Changes the bfloat16 elements of a payload of a dump, and drops the checksums of its folder.
+fn tampered(folder: &Path, file: &str, elements: usize, change: impl Fn(&mut [u8])) {
+    let (payload, manifest) = (folder.join(file), folder.join("manifest.json"));
     let mut bytes = fs::read(&payload).unwrap();
-    let at = bytes.len() - 40 * 16 * 2 + 2 * (5 * 16 + 3);
-    bytes[at..at + 2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    let start = bytes.len() - 2 * elements;
+    change(&mut bytes[start..]);
     fs::write(&payload, bytes).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&fs::read_to_string(&manifest).unwrap()).unwrap();
     for tensor in json["tensors"].as_array_mut().unwrap() {
@@ -310,6 +306,17 @@ fn an_input_that_is_not_finite_is_to_blame() {
         }
     }
     fs::write(&manifest, json.to_string()).unwrap();
+}
+
+#[test]
+fn an_input_that_is_not_finite_is_to_blame() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SynthOptions { tokens: 40, hidden: 16, vocab: 50, microbatches: 1, ..SynthOptions::default() };
+    synth(folder.path(), &options, &()).unwrap();
+    tampered(&folder.path().join("proc_00000/step_00000000/mb_0000"), "hidden.0.npy", 40 * 16, |elements| {
+        let at = 2 * (5 * 16 + 3);
+        elements[at..at + 2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    });
     let found = recorded(folder.path());
     assert_eq!(found.verdict, Verdict::Diverge);
     let dk = found.microbatches[0].tensors.iter().find(|t| t.name == "d_unembedding").unwrap();
@@ -317,6 +324,28 @@ fn an_input_that_is_not_finite_is_to_blame() {
     let pattern = dk.pattern.as_ref().unwrap();
     let input = pattern.input.as_ref().unwrap();
     assert_eq!((pattern.origin, input.tensor, input.index, input.value.as_str()), (Some("bad_in"), "hidden", [5, 3], "NaN"));
+    assert_eq!((found.findings[0].cause.as_str(), found.findings[0].title.as_str()), ("nonfinite", "an input is not finite"));
+}
+
+#[test]
+fn what_one_process_wrote_is_told_in_a_dump_of_several() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SynthOptions { tokens: 60, hidden: 16, vocab: 90, microbatches: 1, processes: 3, ..SynthOptions::default() };
+    synth(folder.path(), &options, &()).unwrap();
+    let negated = |elements: &mut [u8]| elements.iter_mut().skip(1).step_by(2).for_each(|high| *high ^= 0x80);
+    tampered(&folder.path().join("proc_00001/step_00000000/mb_0000"), "d_hidden.0.npy", 20 * 16, negated);
+    tampered(&folder.path().join("proc_00002/step_00000000/mb_0000"), "d_unembedding.0.npy", 30 * 16, negated);
+    let found = recorded(folder.path());
+    for (stage, process, start, end) in [("d_hidden", 1, 20, 40), ("d_unembedding", 2, 60, 90)] {
+        let tensor = found.microbatches[0].tensors.iter().find(|t| t.name == stage).unwrap();
+        let pattern = tensor.pattern.as_ref().unwrap();
+        assert_eq!((pattern.kind.as_str(), pattern.process), ("process", Some(process)), "{stage}: {pattern:?}");
+        assert!((pattern.alpha.unwrap() + 1.0).abs() < 1e-2, "{stage}: {pattern:?}");
+        assert!(pattern.rows.iter().all(|[from, to]| start <= *from && *to <= end), "{stage}: {pattern:?}");
+        let cells = &tensor.plots.as_ref().unwrap().processes;
+        assert!(cells.iter().all(|cell| (cell.ratio > 100.0) == (cell.process == process)), "{stage}: {cells:?}");
+    }
+    assert_eq!((found.presence.processes, found.presence.microbatches, found.presence.absent.len()), (3, 1, 0));
 }
 
 #[test]

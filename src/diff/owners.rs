@@ -55,3 +55,47 @@ fn by_process(info: &TensorInfo) -> Option<Vec<(Range<usize>, usize)>> {
     let apart = out.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start);
     (apart && out.iter().any(|(_, process)| *process != out[0].1)).then_some(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dump::{ElementType, Region, ShardInfo};
+
+    fn info(name: &str, layout: Layout, whole: &[usize], shards: &[(usize, [&[usize]; 2])]) -> TensorInfo {
+        let shard = |(process, [start, shape]): &(usize, [&[usize]; 2])| ShardInfo {
+            process: *process,
+            path: "x.npy".into(),
+            region: Region { start: start.to_vec(), shape: shape.to_vec() },
+            replica: 0,
+            bytes: None,
+            blake3: None,
+        };
+        TensorInfo {
+            name: name.into(),
+            dtype: ElementType::Bf16,
+            global_shape: whole.to_vec(),
+            layout,
+            bytes: 0,
+            shards: shards.iter().map(shard).collect(),
+            hole: None,
+            input: true,
+        }
+    }
+
+    #[test]
+    fn rows_go_to_the_process_that_wrote_them_alone() {
+        let by =
+            |name, layout, whole: &[usize], shards: &[(usize, [&[usize]; 2])]| by_process(&info(name, layout, whole, shards));
+        let batches: &[(usize, [&[usize]; 2])] = &[(1, [&[1, 0, 0], &[1, 6, 4]]), (0, [&[0, 0, 0], &[1, 6, 4]])];
+        assert_eq!(by("hidden", Layout::Vd, &[2, 6, 4], batches), Some(vec![(0..6, 0), (6..12, 1)]));
+        let sequence: &[(usize, [&[usize]; 2])] = &[(0, [&[0, 0, 0], &[2, 2, 4]]), (1, [&[0, 2, 0], &[2, 4, 4]])];
+        let expected = Some(vec![(0..2, 0), (2..6, 1), (6..8, 0), (8..12, 1)]);
+        assert_eq!(by("d_hidden", Layout::Vd, &[2, 6, 4], sequence), expected);
+        let per_token: &[(usize, [&[usize]; 2])] = &[(0, [&[0, 0], &[2, 2]]), (1, [&[0, 2], &[2, 4]])];
+        assert_eq!(by("lse", Layout::Vd, &[2, 6], per_token), expected);
+        let vocab: &[(usize, [&[usize]; 2])] = &[(0, [&[0, 0], &[4, 3]]), (0, [&[0, 3], &[4, 2]]), (2, [&[0, 5], &[4, 5]])];
+        assert_eq!(by("unembedding", Layout::Dv, &[4, 10], vocab), Some(vec![(0..5, 0), (5..10, 2)]));
+        assert_eq!(by("unembedding", Layout::Vd, &[4, 10], vocab), None, "columns apart are no rows");
+        assert_eq!(by("hidden", Layout::Vd, &[2, 6, 4], &[(3, [&[0, 0, 0], &[2, 6, 4]])]), None, "one process");
+    }
+}
