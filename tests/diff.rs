@@ -187,6 +187,30 @@ fn copy_folder(to: &Path, run: &Run, microbatch: Option<usize>, folder: &Folder,
     writer.commit().unwrap();
 }
 
+/// g rounded to bfloat16 once is one factor in both gradients; as large a factor in one of them is a fault, and so is another.
+#[test]
+fn a_rounded_cotangent_is_honest() {
+    let reduction = StepReduction { denominator: Denominator::Given(77.0), ..StepReduction::default() };
+    let loss = LossSettings { reduction, ..LossSettings::default() };
+    let healthy = make(&SynthOptions { regime: Regime::Unit, gradients: Precision::F32, loss, ..small() });
+    let factor = Precision::Bf16.round(1.0 / 77.0) * 77.0;
+    assert!((factor - 1.0).abs() > 5e-4, "{factor}");
+    let scaled = |in_dq: f64, in_dk: f64| {
+        let dump = rewritten(healthy.path(), |name, x, _| {
+            let factor = if name.starts_with("d_hidden") { in_dq } else { in_dk };
+            x.iter_mut().for_each(|x| *x *= factor);
+        });
+        judge_recorded(dump.path())
+    };
+    let honest = scaled(factor, factor);
+    assert_eq!((honest.verdict, only(&honest).contract.cotangent), (Verdict::Agree, Some("bf16")));
+    let plain = scaled(1.0, 1.0);
+    assert_eq!((plain.verdict, only(&plain).contract.cotangent), (Verdict::Agree, None));
+    for (in_dq, in_dk) in [(factor, 1.0), (1.0, factor), (1.0 / factor, 1.0 / factor), (factor.powi(8), factor.powi(8))] {
+        assert_eq!(scaled(in_dq, in_dk).verdict, Verdict::Diverge, "{in_dq}, {in_dk}");
+    }
+}
+
 #[test]
 fn wrong_gradients_never_pass() {
     let healthy = make(&SynthOptions { regime: Regime::Unit, gradients: Precision::F32, ..small() });

@@ -1,6 +1,7 @@
 //! One step as a replay sees it: its microbatches, and how their losses add up.
 
-use fused_xent_kernels::problem::Problem;
+use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::problem::{Label, Problem};
 use fused_xent_kernels::reduction::{MicrobatchCounts, StepReduction};
 
 /// One step as a replay sees it.
@@ -39,6 +40,16 @@ impl Step<'_> {
     pub fn own_factor(&self, m: usize) -> f64 {
         let own = self.reduction.own_factor(&self.counts(), m);
         if self.own_carries_step_factor { own * self.step_factor() } else { own }
+    }
+
+    /// What rounding g to bfloat16 multiplies the gradients of microbatch `m` with; `None` if its tokens do not have one g.
+    pub fn cotangent_rounded(&self, m: usize) -> Option<f64> {
+        let problem = &self.microbatches[m].problem;
+        let mut weights =
+            problem.weights().iter().zip(problem.labels()).filter(|(_, l)| **l != Label::Masked).map(|(w, _)| f64::from(*w));
+        let g = self.own_factor(m) * weights.next()?;
+        let one_g = weights.all(|w| w * self.own_factor(m) == g) && g != 0.0;
+        one_g.then(|| Precision::Bf16.round(g) / g)
     }
 
     /// From a microbatch's own gradient to its share of the accumulated one.

@@ -97,6 +97,9 @@ pub struct SampleReport {
 pub struct ContractReport {
     /// `declared` by the kernel or the dump, or `assumed`.
     pub source: &'static str,
+    /// Precision of g, if it was taken to be rounded to 16 bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cotangent: Option<&'static str>,
     /// Precision of dlogits in the gradient products.
     pub dlogits: &'static str,
     /// Precision of the sums.

@@ -314,8 +314,9 @@ pub(super) fn title(report: &Report, candidate: &CandidateReport) -> String {
 /// How a candidate was computed and what it is held to.
 pub(super) fn computed(candidate: &CandidateReport) -> String {
     let c = &candidate.contract;
+    let cotangent = c.cotangent.map_or(String::new(), |precision| format!("g {precision}, "));
     format!(
-        "{}; held to the {} contract: dlogits {}, sums {}, dQ {}, dK {}",
+        "{}; held to the {} contract: {cotangent}dlogits {}, sums {}, dQ {}, dK {}",
         candidate.description, c.source, c.dlogits, c.accumulate, c.d_hidden, c.d_unembedding
     )
 }

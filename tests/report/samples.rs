@@ -63,6 +63,7 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
         verdict: microbatches.iter().flat_map(|m| &m.tensors).map(|t| t.verdict).max().unwrap_or(Verdict::Agree),
         contract: ContractReport {
             source: "declared",
+            cotangent: None,
             dlogits: "f32",
             accumulate: "f32",
             d_hidden: "bf16",
