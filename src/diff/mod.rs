@@ -245,7 +245,7 @@ impl View<'_> {
             self.progress.advance(1);
             let far_below = |stage| reports(&compared, stage).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW));
             if chosen.is_some() && (far_below(Stage::DHidden) || far_below(Stage::DUnembedding)) {
-                break;
+                continue;
             }
             if compared.verdict == Verdict::Agree {
                 return Ok(compared);
