@@ -109,6 +109,7 @@ healthy("f32-thin-tiles", kernel=kernel(token_tile=3, vocab_tile=5), tokens=(40,
 healthy("f32-parts", kernel=Apart, parts=True, regime="trained")
 healthy("bf16-dlogits-joint", kernel=precision.DlogitsBf16, regime="trained")
 healthy("bf16-dlogits-apart", kernel=kernel(Apart, narrow=bf16), regime="trained")
+healthy("bf16-dlogits-apart-small", kernel=kernel(Apart, narrow=bf16))
 healthy("bf16-dlogits-apart-outputs", kernel=kernel(Apart, narrow=bf16), output=BF16, regime="trained")
 healthy("bf16-probabilities", kernel=RoundedProbabilities, loss={"cotangent": 3.0})
 healthy("bf16-outputs", output=BF16, record=SCALARS + GRADIENTS)
@@ -140,11 +141,12 @@ healthy("data-parallel", trainers=(parallel.DataParallel,), processes=3, output=
 # Precision.
 
 fault("label-logit-bf16", kernel=precision.LabelLogitBf16, record=SCALARS + GRADIENTS, regime="trained")
+fault("label-logit-bf16", "products", kernel=precision.LabelLogitProductsBf16, record=SCALARS + GRADIENTS, regime="large")
 fault("label-logit-bf16", "once", kernel=precision.LabelLogitOnceBf16, record=("loss",) + GRADIENTS, regime="trained")
 fault("loss-subtract-bf16", kernel=precision.LossSubtractBf16, record=SCALARS + GRADIENTS, regime="offset")
 fault("loss-subtract-bf16", "loss-alone", kernel=precision.LossSubtractBf16, record=("loss",) + GRADIENTS, regime="trained")
 fault("lse-bf16", kernel=precision.LseBf16, record=SCALARS + GRADIENTS)
-fault("lse-bf16", "gradients-alone", kernel=precision.LseBf16, output=BF16, regime="initial")
+fault("lse-bf16", "gradients-alone", kernel=precision.LseBf16, output=BF16, regime="large")
 fault("lse-bf16", "recorded", kernel=precision.LseBf16Recorded, record=SCALARS + GRADIENTS, regime="trained")
 fault("label-scatter-bf16", kernel=precision.ScatterBf16, regime="trained",
       parameters={"hits_rounded": [True], "onto": ["zeros, then the lse part in f32"]})
@@ -155,31 +157,34 @@ fault("label-scatter-bf16", "hits-exact", kernel=precision.ScatterBf16HitsExact,
 fault("label-scatter-bf16", "parts", kernel=precision.ScatterBf16, parts=True, parameters={"hits_rounded": [True]})
 fault("label-grad-rounded", kernel=precision.LabelGradRounded, contract={"dlogits": "f32"}, regime="unit")
 fault("label-grad-rounded", "parts", kernel=precision.LabelGradRounded, parts=True, contract={"dlogits": "f32"})
-fault("dk-parts-rounded", kernel=precision.DkPartsRounded, output=BF16, regime="initial", tokens=(300,), vocab=60)
+fault("dk-parts-rounded", kernel=precision.DkPartsRounded, output=BF16, regime="trained", tokens=(300,), vocab=60)
 fault("gq-bf16", kernel=precision.GqBf16, contract={"dlogits": "f32"})
-fault("dlogits-bf16", kernel=precision.DlogitsBf16, contract={"dlogits": "f32"}, regime="trained")
+fault("dlogits-bf16", "joint", kernel=precision.DlogitsBf16, contract={"dlogits": "f32"}, regime="trained")
+fault("dlogits-bf16", "apart", kernel=kernel(Apart, narrow=bf16), contract={"dlogits": "f32"}, regime="trained")
 fault("logits-bf16-forward", kernel=precision.LogitsBf16Forward, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-backward", kernel=precision.LogitsBf16Backward, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-both", kernel=precision.LogitsBf16Both, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-both", "gradients-alone", kernel=precision.LogitsBf16Both, regime="large")
 fault("dk-accumulate-bf16", "equal", kernel=precision.dk_in_chunks(8, False), tokens=(128,), output=BF16,
       parameters={"chunks": [16], "parts_rounded": [False]})
+fault("dk-accumulate-bf16", "parts", kernel=precision.dk_in_chunks(15, True), tokens=(120, 120), output=BF16,
+      parameters={"chunks": [8], "parts_rounded": [True]})
 fault("dk-accumulate-bf16", "ragged", kernel=precision.dk_in_chunks(16, True), tokens=(120, 120), output=BF16,
       parameters={"chunks": [8], "parts_rounded": [True]})
 fault("dk-accumulate-bf16", "microbatches", trainers=(precision.DkOverMicrobatches,), tokens=(40,) * 8,
       parameters={"over": ["microbatches"]})
 fault("dk-accumulate-bf16", "microbatches-parts", trainers=(precision.DkOverMicrobatchesParts,), tokens=(40,) * 8, output=BF16,
       parameters={"over": ["microbatches"]})
-fault("dk-accumulate-bf16", "processes", trainers=(parallel.dk_reduced_in_bf16(4),), processes=4, tokens=(120,), output=BF16,
-      parameters={"chunks": [4], "parts_rounded": [True]})
+fault("dk-accumulate-bf16", "processes", trainers=(parallel.dk_reduced_in_bf16(8),), processes=8, tokens=(240,), output=BF16,
+      parameters={"chunks": [8], "parts_rounded": [True]})
 fault("dq-accumulate-bf16", "equal", kernel=precision.dq_in_tiles(32, False), vocab=384, output=BF16,
       parameters={"tiles": [12], "parts_rounded": [False]})
-fault("dq-accumulate-bf16", "ragged", kernel=precision.dq_in_tiles(64, True), vocab=360, output=BF16,
-      parameters={"tiles": [6], "parts_rounded": [True]})
+fault("dq-accumulate-bf16", "ragged", kernel=precision.dq_in_tiles(16, True), vocab=360, output=BF16,
+      parameters={"tiles": [23], "parts_rounded": [True]})
 fault("prob-minus-one-bf16", kernel=precision.ProbMinusOneBf16, regime="trained", contract={"dlogits": "f32"})
-fault("gradient-filter", kernel=precision.gradient_filter(2**-8, 16, 16), regime="trained", tokens=(128,), vocab=384,
+fault("gradient-filter", kernel=precision.gradient_filter(2**-8, 16, 16), regime="large", tokens=(128,), vocab=384,
       parameters={"tile": [16]})
-fault("gradient-filter", "oblong", kernel=precision.gradient_filter(2**-8, 16, 32), regime="large", tokens=(128,), vocab=384)
+fault("gradient-filter", "oblong", kernel=precision.gradient_filter(2**-6, 16, 32), regime="large", tokens=(128,), vocab=384)
 fault("approximate-exp-log", "exp", kernel=precision.ApproximateExp, record=SCALARS + GRADIENTS)
 fault("approximate-exp-log", "log", kernel=precision.ApproximateLog, record=SCALARS + GRADIENTS)
 
@@ -222,7 +227,7 @@ fault("dq-cotangent-missing", "all", trainers=(scale.cotangent_missing(True, "al
 fault("dk-cotangent-missing", "cotangent", trainers=(scale.cotangent_missing(False, "cotangent"),), loss={"cotangent": 1024.0},
       parameters={"factor": [1 / 1024]}, output=BF16)
 fault("dk-cotangent-missing", "denominator", trainers=(scale.cotangent_missing(False, "denominator"),), masked=0.3)
-fault("mean-over-all-tokens", trainers=(scale.MeanOverAllTokens,), masked=0.3)
+fault("mean-over-all-tokens", trainers=(scale.MeanOverAllTokens,), masked=0.3, tokens=(120, 97))
 fault("mean-over-all-tokens", "one-microbatch", trainers=(scale.MeanOverAllTokens,), masked=0.3, tokens=(120,), output=BF16,
       alike={"not-averaged": ONE})
 fault("mean-of-means", trainers=(scale.MeanOfMeans,), loss={"microbatches": "global"}, tokens=(120, 60, 30))
@@ -247,12 +252,14 @@ fault("logit-scale-ignored", "stale-lse", trainers=(scale.LogitScaleIgnoredStale
 
 # Parallel.
 
-fault("dq-not-reduced", trainers=(parallel.one_shards_dq(3, 1),), parameters={"shards": [3], "shard": [1]})
+fault("dq-not-reduced", trainers=(parallel.one_shards_dq(4, 1),), parameters={"shards": [4], "shard": [1]})
+fault("dq-not-reduced", "three", trainers=(parallel.one_shards_dq(3, 1),), parameters={"shards": [3], "shard": [1]})
 fault("dq-not-reduced", "copies", trainers=(parallel.one_shards_dq(2, 0), parallel.one_shards_dq(2, 1)), processes=2,
       split="vocab", parameters={"shards": [2]})
-fault("dk-not-reduced", trainers=(parallel.one_processes_dk(4, 2),), tokens=(120, 96), parameters={"shards": [4], "shard": [2]})
+fault("dk-not-reduced", trainers=(parallel.one_processes_dk(4, 2),), tokens=(96, 96), parameters={"shards": [4], "shard": [2]})
+fault("dk-not-reduced", "unequal", trainers=(parallel.one_processes_dk(4, 2),), parameters={"shards": [4], "shard": [2]})
 fault("dk-not-reduced", "copies", trainers=(parallel.one_processes_dk(2, 0), parallel.one_processes_dk(2, 1)), processes=2,
-      parameters={"shards": [2]})
+      tokens=(96, 96), parameters={"shards": [2]})
 fault("local-lse", trainers=(parallel.local_lse(4),), parameters={"shards": [4]})
 fault("local-lse", "two", trainers=(parallel.local_lse(2),), processes=2, split="vocab", output=BF16, record=("loss",) + GRADIENTS,
       parameters={"shards": [2]})
