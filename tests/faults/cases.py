@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+import honest
 import indices
 import outside
 import parallel
 import precision
 import scale
-from kernel import BF16, F32, Kernel, Trainer, bf16
-from precision import Apart
+from kernel import BF16, F32, Kernel, Trainer
 
 GRADIENTS = ("d_hidden", "d_unembedding")
 SCALARS = ("loss", "lse", "label_logits")
@@ -45,6 +45,7 @@ class Case:
 
 
 CASES = []
+RANDOM = 150  # honest cases made by chance
 
 
 def healthy(name, **options):
@@ -81,55 +82,43 @@ def second_masked(k, microbatches):
     microbatches[1]["targets"][:] = -100
 
 
-class RoundedCotangent(Trainer):
-    def cotangents(self, m):
-        return bf16(super().cotangents(m))
-
-
-class RoundedProbabilities(Apart):
-    """P in bfloat16 against K and g·Q in float32, the label apart: rounds what bf16 dlogits round, without g."""
-
-    def backward(self, q, targets, g, lse):
-        dq, dk = np.zeros_like(q), np.zeros_like(self.k)
-        for ids in self.backward_vocab_tiles():
-            p = bf16(self.dlogits(q, targets, np.ones_like(g), lse, ids))
-            dq += g[:, None] * (p @ self.k[ids])
-            dk[ids] += p.T @ (g[:, None] * q)
-        here, rows, factor = self.label_factor(q, targets, g)
-        dq[here] += factor[:, None] * self.k[rows]
-        return dq, self.scatter(dk, rows, factor[:, None] * q[here])
-
-
 # Honest kernels.
 
 healthy("f32", record=SCALARS + GRADIENTS)
 healthy("f32-token-major", kernel=kernel(token_major=True, token_tile=17, vocab_tile=40))
 healthy("f32-one-tile", kernel=kernel(token_tile=1000, vocab_tile=1000), regime="trained")
 healthy("f32-thin-tiles", kernel=kernel(token_tile=3, vocab_tile=5), tokens=(40,), vocab=100)
-healthy("f32-parts", kernel=Apart, parts=True, regime="trained")
-healthy("bf16-dlogits-joint", kernel=precision.DlogitsBf16, regime="trained")
-healthy("bf16-dlogits-apart", kernel=kernel(Apart, narrow=bf16), regime="trained")
-healthy("bf16-dlogits-apart-small", kernel=kernel(Apart, narrow=bf16))
-healthy("bf16-dlogits-apart-outputs", kernel=kernel(Apart, narrow=bf16), output=BF16, regime="trained")
-healthy("bf16-probabilities", kernel=RoundedProbabilities, loss={"cotangent": 3.0})
+healthy("f32-parts", kernel=honest.Apart, parts=True, regime="trained")
+healthy("bf16-dlogits-joint", kernel=honest.Joint16, regime="trained")
+healthy("bf16-dlogits-apart", kernel=honest.Apart16, regime="trained")
+healthy("bf16-dlogits-apart-small", kernel=honest.Apart16)
+healthy("bf16-dlogits-apart-outputs", kernel=honest.Apart16, output=BF16, regime="trained")
+healthy("bf16-probabilities", kernel=honest.Probabilities16, loss={"cotangent": 3.0})
+healthy("bf16-probabilities-large", kernel=honest.Probabilities16, regime="large", tokens=(300,))
+healthy("bf16-probabilities-huge", kernel=honest.Probabilities16, regime="huge")
+healthy("bf16-dlogits-joint-initial", kernel=honest.Joint16, regime="initial", tokens=(300,))
+healthy("bf16-dlogits-joint-huge", kernel=honest.Joint16, regime="huge")
+healthy("bf16-dlogits-apart-huge", kernel=honest.Apart16, regime="huge")
 healthy("bf16-outputs", output=BF16, record=SCALARS + GRADIENTS)
-healthy("bf16-dlogits-and-outputs", kernel=precision.DlogitsBf16, output=BF16)
-healthy("bf16-cotangent", trainers=(RoundedCotangent,), output=BF16, regime="trained")
+healthy("bf16-dlogits-and-outputs", kernel=honest.Joint16, output=BF16)
+healthy("bf16-cotangent", trainers=(honest.RoundedCotangent,), output=BF16, regime="trained")
+healthy("bf16-cotangent-initial", trainers=(honest.RoundedCotangent,), regime="initial", loss={"cotangent": 0.3})
+healthy("bf16-cotangent-offset", trainers=(honest.RoundedCotangent,), output=BF16, regime="offset", loss={"cotangent": 0.3})
 healthy("one-token", tokens=(1,), masked=0, record=SCALARS + GRADIENTS)
-healthy("one-token-bf16", tokens=(1, 1), masked=0, kernel=precision.DlogitsBf16, output=BF16)
+healthy("one-token-bf16", tokens=(1, 1), masked=0, kernel=honest.Joint16, output=BF16)
 healthy("all-masked", prepare=all_masked, record=SCALARS + GRADIENTS)
 healthy("one-microbatch-masked", prepare=second_masked, loss={"microbatches": "global"})
 healthy("small-cotangent", loss={"cotangent": 1e-6}, output=BF16, record=SCALARS + GRADIENTS)
 healthy("power-of-two", loss={"cotangent": 0.25, "reduction": "sum"}, masked=0)
 healthy("huge-logits", regime="huge", record=SCALARS + GRADIENTS)
-healthy("huge-logits-bf16", regime="huge", kernel=precision.DlogitsBf16, output=BF16)
+healthy("huge-logits-bf16", regime="huge", kernel=honest.Joint16, output=BF16)
 healthy("offset", regime="offset", record=SCALARS + GRADIENTS)
 healthy("initial", regime="initial", record=SCALARS + GRADIENTS)
 healthy("valid-vocab", loss={"valid_vocab": 341}, record=SCALARS + GRADIENTS)
 healthy("valid-vocab-one", loss={"valid_vocab": 1}, tokens=(30,))
 healthy("options", loss=EVERYTHING, regime="large", record=SCALARS + GRADIENTS)
-healthy("options-apart", loss=EVERYTHING, regime="large", kernel=Apart, weights=True)
-healthy("options-bf16", loss=EVERYTHING, regime="trained", kernel=precision.DlogitsBf16, output=BF16, weights=True)
+healthy("options-apart", loss=EVERYTHING, regime="large", kernel=honest.Apart, weights=True)
+healthy("options-bf16", loss=EVERYTHING, regime="trained", kernel=honest.Joint16, output=BF16, weights=True)
 healthy("global", loss={"microbatches": "global"}, weights=True, tokens=(70, 120, 33))
 healthy("step-gradients", loss={"microbatch_gradients": "step", "denominator": "tokens"})
 healthy("given-denominator", loss={"microbatches": "sum", "denominator": 50.0})
@@ -137,6 +126,9 @@ healthy("dv-and-batch", layout="dv", batch=4)
 healthy("float32-inputs", stored=F32)
 healthy("vocab-parallel", trainers=(parallel.VocabParallel,), processes=2, split="vocab")
 healthy("data-parallel", trainers=(parallel.DataParallel,), processes=3, output=BF16)
+
+for i in range(RANDOM):
+    healthy(f"random-{i:03}", **honest.options(np.random.default_rng(i)))
 
 # Precision.
 
@@ -159,8 +151,8 @@ fault("label-grad-rounded", kernel=precision.LabelGradRounded, contract={"dlogit
 fault("label-grad-rounded", "parts", kernel=precision.LabelGradRounded, parts=True, contract={"dlogits": "f32"})
 fault("dk-parts-rounded", kernel=precision.DkPartsRounded, output=BF16, regime="trained", tokens=(300,), vocab=60)
 fault("gq-bf16", kernel=precision.GqBf16, contract={"dlogits": "f32"})
-fault("dlogits-bf16", "joint", kernel=precision.DlogitsBf16, contract={"dlogits": "f32"}, regime="trained")
-fault("dlogits-bf16", "apart", kernel=kernel(Apart, narrow=bf16), contract={"dlogits": "f32"}, regime="trained")
+fault("dlogits-bf16", "joint", kernel=honest.Joint16, contract={"dlogits": "f32"}, regime="trained")
+fault("dlogits-bf16", "apart", kernel=honest.Apart16, contract={"dlogits": "f32"}, regime="trained")
 fault("logits-bf16-forward", kernel=precision.LogitsBf16Forward, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-backward", kernel=precision.LogitsBf16Backward, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-both", kernel=precision.LogitsBf16Both, regime="large", record=SCALARS + GRADIENTS)

@@ -121,7 +121,7 @@ class Kernel:
     def dlogits(self, q, targets, g, lse, ids):
         z = self.backward_logits(q, ids)
         part = self.takes_part(ids)
-        p = np.where(part, self.exp(np.where(part, z, 0) - lse[:, None]), 0)
+        p = np.where(part, self.exp(np.where(part, z - lse[:, None], 0)), 0)
         d = self.lse_term(p, lse) - np.where(part, self.smoothing / F32(self.valid), 0)
         if not self.label_apart:
             d = d - (1 - self.smoothing) * self.hits(targets, ids)

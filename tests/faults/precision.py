@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from honest import Apart
 from kernel import BF16, F32, Kernel, Trainer, bf16
 
 
@@ -53,10 +54,6 @@ class LseBf16Recorded(Kernel):
 
     def losses(self, lse, label, mean):
         return super().losses(self.exact_lse, label, mean)
-
-
-class Apart(Kernel):
-    label_apart = True
 
 
 class ScatterBf16(Apart):
@@ -115,10 +112,6 @@ class GqBf16(Apart):
         here, rows, factor = self.label_factor(q, targets, g)
         dq[here] += factor[:, None] * self.k[rows]
         return dq, self.scatter(dk, rows, factor[:, None] * q[here])
-
-
-class DlogitsBf16(Kernel):
-    narrow = staticmethod(bf16)
 
 
 class LogitsBf16Forward(Kernel):
