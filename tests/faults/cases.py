@@ -70,6 +70,12 @@ def same_tail(length, tile):
     return [t for t in range(1, length) if length // t * t == first]
 
 
+def same_last(length, tile):
+    """The tile sizes whose last tile, whole or not, is the same."""
+    first = (length - 1) // tile * tile
+    return [t for t in range(1, length) if (length - 1) // t * t == first]
+
+
 EVERYTHING = {"logit_softcap": 8.0, "z_loss": 1e-3, "label_smoothing": 0.1, "logit_scale": 0.7}
 
 
@@ -193,7 +199,7 @@ fault("token-tail-dropped", kernel=indices.token_tail_dropped(64), tokens=(120, 
 fault("token-tail-dropped", "one-microbatch", kernel=indices.token_tail_dropped(48), tokens=(120,),
       parameters={"tile": same_tail(120, 48)})
 fault("lse-tile-missing", kernel=indices.lse_tile_missing(64, -1), record=SCALARS + GRADIENTS,
-      parameters={"tile": same_tail(360, 64)})
+      parameters={"tile": same_last(360, 64)})
 fault("lse-tile-missing", "inner", kernel=indices.lse_tile_missing(64, 2), regime="initial",
       parameters={"tile": [64], "index": [2]})
 fault("label-tile-edge", "first", kernel=indices.label_tile_edge(16, False), tokens=(300,), parameters={"tile": [16]})
@@ -214,8 +220,7 @@ ONE = "a constant factor on both gradients may be several scale faults"
 
 fault("dq-cotangent-missing", "cotangent", trainers=(scale.cotangent_missing(True, "cotangent"),), loss={"cotangent": 8.0},
       parameters={"factor": [1 / 8]})
-fault("dq-cotangent-missing", "all", trainers=(scale.cotangent_missing(True, "all"),), loss={"denominator": 77.0, "cotangent": 4.0},
-      parameters={"factor": [77 / 4]})
+fault("dq-cotangent-missing", "all", trainers=(scale.cotangent_missing(True, "all"),), loss={"denominator": 77.0, "cotangent": 4.0})
 fault("dk-cotangent-missing", "cotangent", trainers=(scale.cotangent_missing(False, "cotangent"),), loss={"cotangent": 1024.0},
       parameters={"factor": [1 / 1024]}, output=BF16)
 fault("dk-cotangent-missing", "denominator", trainers=(scale.cotangent_missing(False, "denominator"),), masked=0.3)
