@@ -40,7 +40,7 @@ class Case:
     batch: int = None
     contract: dict = None
     prepare: object = None  # changes K and the microbatches once they are drawn
-    parameters: dict = field(default_factory=dict)  # name: the values that are right
+    parameters: tuple = ()  # ways to give them, each of names with the values that are right; none: any
     alike: dict = field(default_factory=dict)  # other causes that are right or may be listed beside the right one: why
 
 
@@ -147,12 +147,12 @@ fault("lse-bf16", kernel=precision.LseBf16, record=SCALARS + GRADIENTS)
 fault("lse-bf16", "gradients-alone", kernel=precision.LseBf16, output=BF16, regime="large")
 fault("lse-bf16", "recorded", kernel=precision.LseBf16Recorded, record=SCALARS + GRADIENTS, regime="trained")
 fault("label-scatter-bf16", kernel=precision.ScatterBf16, regime="trained",
-      parameters={"hits_rounded": [True], "onto": ["zeros, then the lse part in f32"]})
+      parameters=({"hits_rounded": [True], "onto": ["zeros, then the lse part in f32"]},))
 fault("label-scatter-bf16", "onto-lse-part", kernel=precision.ScatterBf16Onto, output=BF16, tokens=(300,), masked=0,
-      parameters={"hits_rounded": [True], "onto": ["the lse part"]})
+      parameters=({"hits_rounded": [True], "onto": ["the lse part"]},))
 fault("label-scatter-bf16", "hits-exact", kernel=precision.ScatterBf16HitsExact, output=BF16, tokens=(300,),
-      parameters={"hits_rounded": [False], "onto": ["the lse part"]})
-fault("label-scatter-bf16", "parts", kernel=precision.ScatterBf16, parts=True, parameters={"hits_rounded": [True]})
+      parameters=({"hits_rounded": [False], "onto": ["the lse part"]},))
+fault("label-scatter-bf16", "parts", kernel=precision.ScatterBf16, parts=True, parameters=({"hits_rounded": [True]},))
 fault("label-grad-rounded", kernel=precision.LabelGradRounded, contract={"dlogits": "f32"}, regime="unit")
 fault("label-grad-rounded", "parts", kernel=precision.LabelGradRounded, parts=True, contract={"dlogits": "f32"})
 fault("dk-parts-rounded", kernel=precision.DkPartsRounded, output=BF16, regime="trained", tokens=(300,), vocab=60)
@@ -164,24 +164,24 @@ fault("logits-bf16-backward", kernel=precision.LogitsBf16Backward, regime="large
 fault("logits-bf16-both", kernel=precision.LogitsBf16Both, regime="large", record=SCALARS + GRADIENTS)
 fault("logits-bf16-both", "gradients-alone", kernel=precision.LogitsBf16Both, regime="large")
 fault("dk-accumulate-bf16", "equal", kernel=precision.dk_in_chunks(8, False), tokens=(128,), output=BF16,
-      parameters={"chunks": [16], "parts_rounded": [False]})
+      parameters=({"chunks": [16], "parts_rounded": [False]},))
 fault("dk-accumulate-bf16", "parts", kernel=precision.dk_in_chunks(15, True), tokens=(120, 120), output=BF16,
-      parameters={"chunks": [8], "parts_rounded": [True]})
+      parameters=({"chunks": [8], "parts_rounded": [True]},))
 fault("dk-accumulate-bf16", "ragged", kernel=precision.dk_in_chunks(16, True), tokens=(120, 120), output=BF16,
-      parameters={"chunks": [8], "parts_rounded": [True]})
+      parameters=({"chunks": [8], "parts_rounded": [True]}, {"width": [16], "parts_rounded": [True]}))
 fault("dk-accumulate-bf16", "microbatches", trainers=(precision.DkOverMicrobatches,), tokens=(40,) * 8,
-      parameters={"over": ["microbatches"]})
+      parameters=({"over": ["microbatches"]},))
 fault("dk-accumulate-bf16", "microbatches-parts", trainers=(precision.DkOverMicrobatchesParts,), tokens=(40,) * 8, output=BF16,
-      parameters={"over": ["microbatches"]})
+      parameters=({"over": ["microbatches"]},))
 fault("dk-accumulate-bf16", "processes", trainers=(parallel.dk_reduced_in_bf16(8),), processes=8, tokens=(240,), output=BF16,
-      parameters={"chunks": [8], "parts_rounded": [True]})
+      parameters=({"chunks": [8], "parts_rounded": [True]},))
 fault("dq-accumulate-bf16", "equal", kernel=precision.dq_in_tiles(32, False), vocab=384, output=BF16,
-      parameters={"tiles": [12], "parts_rounded": [False]})
+      parameters=({"tiles": [12], "parts_rounded": [False]}, {"width": [32], "parts_rounded": [False]}))
 fault("dq-accumulate-bf16", "ragged", kernel=precision.dq_in_tiles(16, True), vocab=360, output=BF16,
-      parameters={"tiles": [23], "parts_rounded": [True]})
+      parameters=({"tiles": [23], "parts_rounded": [True]}, {"width": [16], "parts_rounded": [True]}))
 fault("prob-minus-one-bf16", kernel=precision.ProbMinusOneBf16, regime="trained", contract={"dlogits": "f32"})
 fault("gradient-filter", kernel=precision.gradient_filter(2**-8, 16, 16), regime="large", tokens=(128,), vocab=384,
-      parameters={"tile": [16]})
+      parameters=({"tile": [16]},))
 fault("gradient-filter", "oblong", kernel=precision.gradient_filter(2**-6, 16, 32), regime="large", tokens=(128,), vocab=384)
 fault("approximate-exp-log", "exp", kernel=precision.ApproximateExp, record=SCALARS + GRADIENTS)
 fault("approximate-exp-log", "log", kernel=precision.ApproximateLog, record=SCALARS + GRADIENTS)
@@ -189,21 +189,21 @@ fault("approximate-exp-log", "log", kernel=precision.ApproximateLog, record=SCAL
 # Masks, tiles, indices.
 
 fault("vocab-pad-unmasked", kernel=indices.pad_unmasked(128), regime="initial", record=SCALARS + GRADIENTS,
-      parameters={"pad": [24]})
-fault("vocab-pad-unmasked", "gradients-alone", kernel=indices.pad_unmasked(512), parameters={"pad": [152]})
-fault("vocab-tail-dropped", kernel=indices.vocab_tail_dropped(128), parameters={"tile": same_tail(360, 128)})
+      parameters=({"pad": [24]},))
+fault("vocab-pad-unmasked", "gradients-alone", kernel=indices.pad_unmasked(512), parameters=({"pad": [152]},))
+fault("vocab-tail-dropped", kernel=indices.vocab_tail_dropped(128), parameters=({"tile": same_tail(360, 128)},))
 fault("vocab-tail-dropped", "bf16", kernel=indices.vocab_tail_dropped(100), output=BF16, record=("loss",) + GRADIENTS,
-      parameters={"tile": same_tail(360, 100)})
+      parameters=({"tile": same_tail(360, 100)},))
 fault("token-tail-dropped", kernel=indices.token_tail_dropped(64), tokens=(120, 96),
-      parameters={"tile": [64]})
+      parameters=({"tile": [64]},))
 fault("token-tail-dropped", "one-microbatch", kernel=indices.token_tail_dropped(48), tokens=(120,),
-      parameters={"tile": same_tail(120, 48)})
+      parameters=({"tile": same_tail(120, 48)},))
 fault("lse-tile-missing", kernel=indices.lse_tile_missing(64, -1), record=SCALARS + GRADIENTS,
-      parameters={"tile": same_last(360, 64)})
+      parameters=({"tile": same_last(360, 64)},))
 fault("lse-tile-missing", "inner", kernel=indices.lse_tile_missing(64, 2), regime="initial",
-      parameters={"tile": [64], "index": [2]})
-fault("label-tile-edge", "first", kernel=indices.label_tile_edge(16, False), tokens=(300,), parameters={"tile": [16]})
-fault("label-tile-edge", "last", kernel=indices.label_tile_edge(16, True), tokens=(300,), parameters={"tile": [16]})
+      parameters=({"tile": [64], "index": [2]},))
+fault("label-tile-edge", "first", kernel=indices.label_tile_edge(16, False), tokens=(300,), parameters=({"tile": [16]},))
+fault("label-tile-edge", "last", kernel=indices.label_tile_edge(16, True), tokens=(300,), parameters=({"tile": [16]},))
 fault("label-off-by-one", "right", kernel=indices.label_off_by_one(1))
 fault("label-off-by-one", "left", kernel=indices.label_off_by_one(-1), record=SCALARS + GRADIENTS, output=BF16)
 fault("label-missing", kernel=indices.LabelMissing, record=GRADIENTS)
@@ -219,20 +219,20 @@ fault("valid-vocab-ignored", "backward", trainers=(indices.ValidVocabIgnoredBack
 ONE = "a constant factor on both gradients may be several scale faults"
 
 fault("dq-cotangent-missing", "cotangent", trainers=(scale.cotangent_missing(True, "cotangent"),), loss={"cotangent": 8.0},
-      parameters={"factor": [1 / 8]})
+      parameters=({"factor": [1 / 8]},))
 fault("dq-cotangent-missing", "all", trainers=(scale.cotangent_missing(True, "all"),), loss={"denominator": 77.0, "cotangent": 4.0})
 fault("dk-cotangent-missing", "cotangent", trainers=(scale.cotangent_missing(False, "cotangent"),), loss={"cotangent": 1024.0},
-      parameters={"factor": [1 / 1024]}, output=BF16)
+      parameters=({"factor": [1 / 1024]},), output=BF16)
 fault("dk-cotangent-missing", "denominator", trainers=(scale.cotangent_missing(False, "denominator"),), masked=0.3)
 fault("mean-over-all-tokens", trainers=(scale.MeanOverAllTokens,), masked=0.3, tokens=(120, 97))
 fault("mean-over-all-tokens", "one-microbatch", trainers=(scale.MeanOverAllTokens,), masked=0.3, tokens=(120,), output=BF16,
       alike={"not-averaged": ONE})
 fault("mean-of-means", trainers=(scale.MeanOfMeans,), loss={"microbatches": "global"}, tokens=(120, 60, 30))
 fault("mean-of-means", "weights", trainers=(scale.MeanOfMeans,), loss={"microbatches": "global"}, weights=True, output=BF16)
-fault("not-averaged", "devices", trainers=(scale.not_averaged(8),), parameters={"factor": [8]})
-fault("not-averaged", "twice", trainers=(scale.not_averaged(0.25),), parameters={"factor": [0.25]}, output=BF16)
+fault("not-averaged", "devices", trainers=(scale.not_averaged(8),), parameters=({"factor": [8]},))
+fault("not-averaged", "twice", trainers=(scale.not_averaged(0.25),), parameters=({"factor": [0.25]},), output=BF16)
 fault("not-averaged", "microbatches", trainers=(scale.NotDividedByMicrobatches,), tokens=(60, 50, 40),
-      parameters={"factor": [3], "over": ["microbatches"]})
+      parameters=({"factor": [3], "over": ["microbatches"]},))
 fault("last-microbatch-only", trainers=(scale.LastMicrobatchOnly,), tokens=(60, 50, 40))
 fault("first-cotangent-for-all", trainers=(scale.FirstCotangentForAll,), weights=True, loss={"reduction": "sum"}, masked=0)
 fault("first-cotangent-for-all", "mean", trainers=(scale.FirstCotangentForAll,), weights=True, masked=0, output=BF16)
@@ -249,20 +249,20 @@ fault("logit-scale-ignored", "stale-lse", trainers=(scale.LogitScaleIgnoredStale
 
 # Parallel.
 
-fault("dq-not-reduced", trainers=(parallel.one_shards_dq(4, 1),), parameters={"shards": [4], "shard": [1]})
-fault("dq-not-reduced", "three", trainers=(parallel.one_shards_dq(3, 1),), parameters={"shards": [3], "shard": [1]})
+fault("dq-not-reduced", trainers=(parallel.one_shards_dq(4, 1),), parameters=({"shards": [4], "shard": [1]},))
+fault("dq-not-reduced", "three", trainers=(parallel.one_shards_dq(3, 1),), parameters=({"shards": [3], "shard": [1]},))
 fault("dq-not-reduced", "copies", trainers=(parallel.one_shards_dq(2, 0), parallel.one_shards_dq(2, 1)), processes=2,
-      split="vocab", parameters={"shards": [2]})
-fault("dk-not-reduced", trainers=(parallel.one_processes_dk(4, 2),), tokens=(96, 96), parameters={"shards": [4], "shard": [2]})
-fault("dk-not-reduced", "unequal", trainers=(parallel.one_processes_dk(4, 2),), parameters={"shards": [4], "shard": [2]})
+      split="vocab", parameters=({"shards": [2]},))
+fault("dk-not-reduced", trainers=(parallel.one_processes_dk(4, 2),), tokens=(96, 96), parameters=({"shards": [4], "shard": [2]},))
+fault("dk-not-reduced", "unequal", trainers=(parallel.one_processes_dk(4, 2),), parameters=({"shards": [4], "shard": [2]},))
 fault("dk-not-reduced", "copies", trainers=(parallel.one_processes_dk(2, 0), parallel.one_processes_dk(2, 1)), processes=2,
-      tokens=(96, 96), parameters={"shards": [2]})
-fault("local-lse", trainers=(parallel.local_lse(4),), parameters={"shards": [4]})
+      tokens=(96, 96), parameters=({"shards": [2]},))
+fault("local-lse", trainers=(parallel.local_lse(4),), parameters=({"shards": [4]},))
 fault("local-lse", "two", trainers=(parallel.local_lse(2),), processes=2, split="vocab", output=BF16, record=("loss",) + GRADIENTS,
-      parameters={"shards": [2]})
+      parameters=({"shards": [2]},))
 fault("label-per-shard", "both", trainers=(parallel.label_per_shard(2, True),), processes=2, split="vocab",
-      parameters={"shards": [2]})
-fault("label-per-shard", "dq-alone", trainers=(parallel.label_per_shard(4, False),), parameters={"shards": [4]})
+      parameters=({"shards": [2]},))
+fault("label-per-shard", "dq-alone", trainers=(parallel.label_per_shard(4, False),), parameters=({"shards": [4]},))
 
 # Two at once.
 

@@ -16,8 +16,8 @@ struct Case {
     name: String,
     /// The causes that must be found, in any order; none if the diff must agree.
     causes: Vec<String>,
-    /// For each parameter that the data give away, the values that are right.
-    parameters: BTreeMap<String, Vec<Value>>,
+    /// The parameters that the data give away: ways to give them, each of names with the values that are right. None: any.
+    parameters: Vec<BTreeMap<String, Vec<Value>>>,
     /// Causes that may be named in place of the right one or beside it, with the reason.
     alike: BTreeMap<String, String>,
 }
@@ -80,12 +80,12 @@ fn complaint(case: &Case, findings: &[Finding]) -> Option<String> {
     if let Some(other) = listed.iter().find(|cause| !is_right(cause)) {
         return Some(format!("{found:?} is said to be indistinguishable from {other}"));
     }
-    let finding = findings.first()?;
-    let wrong = case.parameters.iter().find(|(name, right)| {
-        case.causes.contains(&finding.cause)
-            && !finding.parameters.get(*name).is_some_and(|found| right.iter().any(|right| equal(found, right)))
-    });
-    wrong.map(|(name, right)| format!("{name} of {right:?}, but the parameters found are {:?}", finding.parameters))
+    let finding = findings.first().filter(|f| case.causes.contains(&f.cause) && !case.parameters.is_empty())?;
+    let holds = |(name, right): (&String, &Vec<Value>)| {
+        finding.parameters.get(name).is_some_and(|found| right.iter().any(|right| equal(found, right)))
+    };
+    let right = case.parameters.iter().any(|way| way.iter().all(holds));
+    (!right).then(|| format!("parameters {:?}, not {:?}", finding.parameters, case.parameters))
 }
 
 fn check(case: &Case, report: &Report) -> Result<(), String> {
