@@ -8,6 +8,7 @@ pub mod diff;
 pub mod dump;
 mod files;
 pub mod report;
+pub mod slice;
 
 /// The README's examples, compiled and run as tests.
 #[cfg(doctest)]

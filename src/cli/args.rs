@@ -8,6 +8,7 @@ use crate::dump::LossSettings;
 use crate::kernels::contract::Precision;
 use clap::{Args, Parser, Subcommand};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::PathBuf;
 
 /// Replays captured training steps of a fused linear cross-entropy in float64 and says whether the gradients are right,
@@ -73,6 +74,8 @@ pub enum Command {
     Info(Info),
     /// Write a dump of chosen shape, whose recorded gradients carry chosen faults, or none
     Synth(Box<Synth>),
+    /// Cut a small dump out of a large one that still shows what is wrong with it
+    Slice(Slice),
     /// List the fault catalogue
     Faults,
 }
@@ -85,6 +88,43 @@ pub struct Verify {
     #[arg(long, short)]
     pub quiet: bool,
 }
+
+/// Cut a small dump out of a large one that still shows what is wrong with it
+///
+/// Without --step, --microbatch and --tokens the smallest slice is searched for: the first step that diverges, its first
+/// microbatch that does, and ever fewer of its tokens, as long as the same cause is found. With any of them, that is kept and
+/// nothing is judged.
+#[derive(Debug, Args)]
+#[command(after_help = CUTS)]
+pub struct Slice {
+    /// The dump
+    pub dump: PathBuf,
+    /// The folder to write; it must not exist
+    pub out: PathBuf,
+    /// Keep this run, of a dump that holds several with the same step
+    #[arg(long, value_name = "ID")]
+    pub run: Option<String>,
+    /// Keep this step
+    #[arg(long, value_name = "N")]
+    pub step: Option<u64>,
+    /// Keep this microbatch alone
+    #[arg(long, value_name = "N")]
+    pub microbatch: Option<usize>,
+    /// Keep these tokens of the microbatch alone, such as 64..96 (without the last) or 3,17,40..44
+    #[arg(long, value_name = "ROWS", value_parser = ranges)]
+    pub tokens: Option<Ranges>,
+    /// Without progress and without a word on what was cut
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+const CUTS: &str = "\
+What was recorded and no longer belongs to the slice is dropped: dK where tokens are cut, the accumulated dK where microbatches
+are. The loss is settled so that every token's cotangent stays what it was. The vocabulary is never cut, since every token's lse
+runs over all of it. Under \"extra\" the manifests say what they are a slice of.";
+
+/// Rows, as [start, end) ranges.
+pub type Ranges = Vec<Range<usize>>;
 
 #[derive(Debug, Args)]
 pub struct Info {
@@ -150,6 +190,17 @@ pub struct Synth {
 fn rows(text: &str) -> Result<NonZeroUsize, String> {
     text.parse()
         .map_err(|_| "expected a number of rows, 1 or more; a path stands before --sample, or write --sample=256".to_owned())
+}
+
+fn ranges(text: &str) -> Result<Ranges, String> {
+    let number = |text: &str| text.trim().parse::<usize>().ok();
+    let range = |part: &str| match part.split_once("..") {
+        Some((start, end)) => Some(number(start)?..number(end)?).filter(|range| !range.is_empty()),
+        None => number(part).and_then(|row| Some(row..row.checked_add(1)?)),
+    };
+    let all = text.split(',').map(|part| range(part).ok_or(part));
+    all.collect::<Result<_, _>>()
+        .map_err(|part| format!("{part:?} is neither a row, such as 17, nor a range of them, such as 64..96"))
 }
 
 fn loss(text: &str) -> Result<LossSettings, String> {

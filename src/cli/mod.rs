@@ -7,6 +7,7 @@ mod info;
 mod judge;
 mod output;
 mod progress;
+mod slice;
 mod synth;
 mod verify;
 
@@ -44,6 +45,7 @@ fn run(cli: &Cli) -> Result<Exit, Box<dyn Error>> {
         (Some(Command::Verify(args)), _) => verify::run(args, &mut out),
         (Some(Command::Info(args)), _) => info::run(args, &mut out),
         (Some(Command::Synth(args)), _) => synth::run(args, &mut out),
+        (Some(Command::Slice(args)), _) => slice::run(args, &mut out),
         (Some(Command::Faults), _) => faults::run(&mut out),
         (None, Some(args)) => judge::run(args, &mut out),
         (None, None) => unreachable!("clap asks for a path where there is no command"),

@@ -1,7 +1,8 @@
 //! A tensor read from a dump: elements in row-major order, straight from the mapped file where they lie so.
 
 use super::names::ElementType;
-use super::shards::{Region, elements};
+use super::shards::{Region, elements, for_each_run};
+use super::write::Elements;
 use fused_xent_kernels::problem::{Floats, Layout, Targets};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -130,6 +131,36 @@ impl Tensor {
         (self.dtype == ElementType::F32).then(|| self.slice())
     }
 
+    /// The elements as a writer takes them.
+    pub fn elements(&self) -> Elements<'_> {
+        match self.dtype {
+            ElementType::Bf16 => Elements::Bf16(self.slice()),
+            ElementType::F16 => Elements::F16(self.slice()),
+            ElementType::F32 => Elements::F32(self.slice()),
+            ElementType::F64 => Elements::F64(self.slice()),
+            ElementType::I32 => Elements::I32(self.slice()),
+            ElementType::I64 => Elements::I64(self.slice()),
+            ElementType::U32 => Elements::U32(self.slice()),
+        }
+    }
+
+    /// These of its rows, where it is taken as `of` rows of equal length; the rest of its shape is `row`. `None` if memory
+    /// cannot hold them.
+    ///
+    /// # Panics
+    /// If a row is not below `of`.
+    pub(crate) fn rows(&self, of: usize, rows: &[usize], row: &[usize]) -> Option<Tensor> {
+        let width = self.bytes().len() / of;
+        let mut buffer = Buffer::zeroed(rows.len() * width)?;
+        if width > 0 {
+            for (to, &n) in buffer.bytes_mut().chunks_exact_mut(width).zip(rows) {
+                to.copy_from_slice(&self.bytes()[n * width..][..width]);
+            }
+        }
+        let shape = std::iter::once(rows.len()).chain(row.iter().copied()).collect();
+        Some(Tensor::new(self.dtype, shape, self.layout, Data::Owned(buffer)))
+    }
+
     /// Every element as f64: exact for all types but int64, whose numbers beyond 2⁵³ are rounded.
     pub fn to_f64(&self) -> Vec<f64> {
         match self.dtype {
@@ -151,6 +182,23 @@ pub struct Recorded {
     pub tensor: Tensor,
     /// Copies of regions of a recorded output that differ bitwise from `tensor` there. Copies of inputs never differ.
     pub copies: Vec<ReplicaCopy>,
+}
+
+impl Recorded {
+    /// The tensor as `process` has it, its copies in place. `None` if memory cannot hold it.
+    pub(crate) fn of_process(&self, process: usize) -> Option<Tensor> {
+        let (shape, width) = (self.tensor.shape(), self.tensor.dtype().bytes());
+        let mut buffer = Buffer::zeroed(self.tensor.bytes().len())?;
+        let whole = buffer.bytes_mut();
+        whole.copy_from_slice(self.tensor.bytes());
+        for copy in self.copies.iter().filter(|copy| copy.process == process) {
+            for_each_run(shape, &copy.region, |at, first, run| {
+                whole[at * width..][..run * width].copy_from_slice(&copy.data.bytes()[first * width..][..run * width]);
+                None::<()>
+            });
+        }
+        Some(Tensor::new(self.tensor.dtype(), shape.to_vec(), self.tensor.layout(), Data::Owned(buffer)))
+    }
 }
 
 /// A copy of a region that says something else than the first copy does.
