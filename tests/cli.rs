@@ -49,7 +49,9 @@ fn help_and_version_go_to_standard_output() {
     let here = Path::new(".");
     let help = xent_diff(here, &["--help"]);
     assert_eq!((help.code, help.err.as_str()), (Some(0), ""));
-    for word in ["verify", "info", "synth", "faults", "--json", "--html", "--candidate", "--quiet", "Exit codes"] {
+    for word in
+        ["verify", "info", "synth", "faults", "--json", "--html", "--md", "--baseline", "--candidate", "--quiet", "Exit codes"]
+    {
         assert!(help.out.contains(word), "{word}");
     }
     let version = xent_diff(here, &["--version"]);
@@ -67,8 +69,12 @@ fn a_wrong_call_is_refused() {
     refused(at, &["empty", "--threads", "0"], "--threads");
     refused(at, &["empty", "--step", "x"], "--step");
     refused(at, &["empty", "--candidate", "gpu"], "unknown candidate");
-    refused(at, &["empty", "--json", "-", "--html", "-"], "standard output");
+    refused(at, &["empty", "--json", "-", "--html", "-"], "--json - and --html - all ask for standard output");
+    refused(at, &["empty", "--md", "-", "--html", "-"], "--html - and --md -");
     refused(at, &["empty", "--json", "no/report.json"], "does not exist");
+    refused(at, &["empty", "--md", "no/report.md"], "does not exist");
+    refused(at, &["empty", "--baseline", "no.json"], "no.json: cannot be read");
+    refused(at, &["empty", "--baseline", "file"], "file: not JSON");
     refused(at, &["empty", "--html", "empty"], "it is a folder");
     refused(at, &["empty"], "proc_");
     refused(at, &["verify", "empty"], "proc_");
@@ -152,6 +158,55 @@ fn json_goes_where_it_is_asked_to() {
 }
 
 #[test]
+fn markdown_goes_where_it_is_asked_to() {
+    let folder = dumps();
+    let at = folder.path();
+    let printed = xent_diff(at, &["dumps/faulty", "--md", "-", "--candidate", "recorded"]);
+    assert_eq!((printed.code, printed.err.as_str()), (Some(1), ""));
+    assert!(printed.out.starts_with("### ❌ recorded diverges at "), "{}", printed.out);
+    assert!(printed.out.contains("`label-missing`") && printed.out.contains("| ❌ | `d_hidden` |"), "{}", printed.out);
+    let file = xent_diff(at, &["dumps", "--md", "r.md", "--quiet"]);
+    assert_eq!(file.code, Some(1));
+    let text = fs::read_to_string(at.join("r.md")).unwrap();
+    assert!(text.starts_with("### 1 of 2 dumps diverges\n") && text.contains("| ✅ | `dumps/healthy` |"), "{text}");
+}
+
+#[test]
+fn a_baseline_tells_better_from_worse() {
+    let folder = dumps();
+    let at = folder.path();
+    assert_eq!(xent_diff(at, &["dumps", "--json", "old.json", "--quiet"]).code, Some(1));
+    let on_one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let same = xent_diff(at, &["dumps", "--baseline", "old.json", "--json", "new.json", "--html", "new.html", "--md", "new.md"]);
+    assert_eq!((same.code, same.err.as_str()), (Some(1), ""), "the exit code is the verdict's");
+    assert!(on_one_line(&same.out).contains("the same. Still there: label-missing."), "{}", same.out);
+    let json: Value = serde_json::from_str(&fs::read_to_string(at.join("new.json")).unwrap()).unwrap();
+    for report in json["reports"].as_array().unwrap() {
+        assert_eq!((&report["baseline"]["change"], &report["baseline"]["found"]), (&"same".into(), &true.into()));
+    }
+    for file in ["new.html", "new.md"] {
+        assert!(fs::read_to_string(at.join(file)).unwrap().contains("beside old.json"), "{file}");
+    }
+    // The two change places.
+    fs::rename(at.join("dumps/healthy"), at.join("dumps/x")).unwrap();
+    fs::rename(at.join("dumps/faulty"), at.join("dumps/healthy")).unwrap();
+    let mended = xent_diff(at, &["dumps", "--baseline", "old.json", "--json", "-", "--candidate", "recorded"]);
+    let json: Value = serde_json::from_str(&mended.out).unwrap();
+    let worse = &json["reports"][0]["baseline"];
+    assert_eq!((&json["reports"][0]["path"], &worse["change"]), (&"dumps/healthy".into(), &"worse".into()));
+    assert_eq!(worse["tensors"][0]["change"], "worse");
+    assert_eq!((&worse["causes"][0]["cause"], &worse["causes"][0]["change"]), (&"label-missing".into(), &"new".into()));
+    assert_eq!(json["reports"][1]["baseline"]["found"], false);
+    assert_eq!(json["not_judged"], serde_json::json!(["dumps/faulty"]));
+    fs::rename(at.join("dumps/x"), at.join("dumps/faulty")).unwrap();
+    let better = xent_diff(at, &["dumps/faulty", "--baseline", "old.json", "--candidate", "recorded"]);
+    assert_eq!(better.code, Some(0), "the exit code is the verdict's");
+    assert!(on_one_line(&better.out).contains("Gone: label-missing."), "{}", better.out);
+    refused(at, &["dumps/faulty", "--baseline", "new.html"], "new.html: not JSON");
+    refused(at, &["dumps/faulty", "--baseline", "dumps"], "dumps: cannot be read");
+}
+
+#[test]
 fn one_step_and_one_microbatch() {
     let folder = dumps();
     let at = folder.path();
@@ -178,7 +233,7 @@ fn a_sample_is_judged_and_said() {
     assert!(on_one_line(&sampled.out).contains(said), "{}", sampled.out);
     let faulty = xent_diff(at, &["dumps/faulty", "--sample=9", "--candidate", "recorded"]);
     assert_eq!(faulty.code, Some(1), "{}", faulty.err);
-    for words in ["in 9 of", "no cause is sought", "--full", "xent-diff dumps/faulty --step 0 --candidate recorded --sample 9"] {
+    for words in ["in 9 of", "label-missing", "xent-diff dumps/faulty --step 0 --candidate recorded --sample 9"] {
         assert!(on_one_line(&faulty.out).contains(words), "{words}:\n{}", faulty.out);
     }
     let json = |options: &[&str]| -> Value {

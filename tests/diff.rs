@@ -291,8 +291,8 @@ fn a_sample_finds_planted_faults() {
         assert_eq!((dk.verdict, dk.shape, dk.sampled_from), (Verdict::Diverge, [40, 32], Some(400)), "{}", fault.slug());
         let accumulated = candidate.accumulated.as_ref().unwrap();
         assert!(accumulated.tensors[0].verdict == Verdict::Diverge && accumulated.grad_norm.is_none(), "{}", fault.slug());
-        assert_eq!(causes(&report), ["unknown"]);
-        assert!(candidate.findings[0].remedy.contains("--full"), "{}", candidate.findings[0].remedy);
+        assert_eq!(causes(&report), [fault.slug()]);
+        assert_eq!(candidate.findings[0].confidence, Confidence::Certain, "{}", fault.slug());
         if let Fault::VocabTailDropped { tile } = fault {
             let [first, last] = dk.zero_tail.unwrap();
             assert!(first <= 400 / tile * tile && 400 / tile * tile <= last && last < first + 20, "{first}, {last}");
@@ -378,6 +378,94 @@ fn parameters_are_found_not_guessed() {
         assert_eq!(finding.parameters[name].as_f64(), Some(f64::from(value)), "{}: {:?}", fault.slug(), finding.parameters);
         assert_eq!(finding.confidence, Confidence::Certain, "{}", fault.slug());
     }
+}
+
+#[test]
+fn variants_are_found_with_their_parameters() {
+    let mut missed = Vec::new();
+    for (text, regime) in [
+        ("label-tile-edge:tile=16,edge=last", Regime::Unit),
+        ("ignored-leak:label=none", Regime::Unit),
+        ("ignored-leak:label=zero", Regime::Unit),
+        ("logit-scale-ignored:missing=all", Regime::Unit),
+        ("dq-cotangent-missing:missing=g", Regime::Unit),
+        ("dk-cotangent-missing:missing=g", Regime::Unit),
+        ("last-microbatch-only:divided=no", Regime::Unit),
+        ("dk-accumulate-bf16:width=32,parts_rounded=false", Regime::Initial),
+        ("dk-accumulate-bf16:chunks=4,processes=3,processes_added_in=bf16", Regime::Initial),
+        ("dq-accumulate-bf16:width=64", Regime::Initial),
+        ("label-scatter-bf16:onto=lse-part,processes=3", Regime::Trained),
+        ("lse-tile-missing:tile=64,index=4", Regime::Unit),
+        ("vocab-pad-unmasked:pad=37", Regime::Initial),
+        ("gradient-filter:eps=0.015625,token_tile=16,vocab_tile=32", Regime::Trained),
+        ("approximate-exp-log:of=log,degree=3", Regime::Unit),
+        ("approximate-exp-log:of=exp,degree=3", Regime::Unit),
+        ("approximate-exp-log:of=exp-in-lse,degree=2", Regime::Unit),
+    ] {
+        let fault = Fault::parse(text).unwrap();
+        let made = SynthOptions { regime, gradients: Precision::F32, processes: 3, weights: true, ..small() };
+        let report = judge_recorded(make(&made.planting(fault)).path());
+        let found = only(&report).findings.first();
+        let right = |(name, value): (&String, &Value)| {
+            let parameters = found.map(|f| &f.parameters);
+            let alike = parameters.and_then(|p| p.get(&format!("{name}_candidates"))).and_then(Value::as_array);
+            parameters.and_then(|p| p.get(name)) == Some(value) || alike.is_some_and(|values| values.contains(value))
+        };
+        if found.is_none_or(|f| f.cause != fault.slug()) || !fault.parameters().iter().all(right) {
+            missed.push(format!("{text}: {:?} {:?}", causes(&report), found.map(|f| &f.parameters)));
+        }
+    }
+    assert!(missed.is_empty(), "{missed:#?}");
+}
+
+/// By a formula that the catalogue does not have: lse is off by another small number in each row, and all follows from it.
+#[test]
+fn an_approximation_by_another_formula_is_known_by_its_effect() {
+    let options = SynthOptions { regime: Regime::Unit, gradients: Precision::F32, masked: 0.0, ..small() };
+    let approximate = options.clone().planting(Fault::parse("approximate-exp-log:of=log,degree=2").unwrap());
+    let report = judge_recorded(make(&approximate).path());
+    let finding = &only(&report).findings[0];
+    assert_eq!(
+        (finding.cause.as_str(), finding.confidence),
+        ("approximate-exp-log", Confidence::Certain),
+        "{}",
+        finding.evidence
+    );
+    assert_eq!(finding.parameters["of"], "lse, by an unknown formula");
+}
+
+/// Tensors that are larger than what hypotheses are tried on.
+#[test]
+fn what_is_named_holds_on_all_rows() {
+    let options = SynthOptions { tokens: 600, hidden: 16, vocab: 700, gradients: Precision::F32, ..SynthOptions::default() };
+    let dump = make(&options.planting(Fault::DkCotangentMissing { factor: 8.0 }));
+    let report = judge_recorded(dump.path());
+    let finding = &only(&report).findings[0];
+    assert_eq!((finding.cause.as_str(), finding.confidence), ("dk-cotangent-missing", Confidence::Certain));
+    assert!(finding.remaining_ratio < 1.5, "{}", finding.remaining_ratio);
+    let quiet = 650;
+    let broken = rewritten(dump.path(), |name, x, row| {
+        if name == "d_unembedding" {
+            x[quiet * row..(quiet + 1) * row].reverse();
+        }
+    });
+    let report = judge_recorded(broken.path());
+    assert!(causes(&report).contains(&"unknown"), "{:?}", causes(&report));
+    assert!(only(&report).findings.iter().all(|f| f.confidence != Confidence::Certain));
+}
+
+#[test]
+fn causes_that_do_the_same_are_named_together_with_what_tells_them_apart() {
+    let options = SynthOptions { masked: 0.0, microbatches: 1, gradients: Precision::F32, ..small() };
+    let report = judge_recorded(make(&options.planting(Fault::LabelPerShard { shards: 2 })).path());
+    let finding = &only(&report).findings[0];
+    assert_eq!(finding.cause, "label-per-shard");
+    let options = SynthOptions { masked: 0.3, microbatches: 1, gradients: Precision::F32, ..small() };
+    let report = judge_recorded(make(&options.planting(Fault::MeanOverAllTokens)).path());
+    let finding = &only(&report).findings[0];
+    assert_eq!(finding.cause, "mean-over-all-tokens");
+    assert_eq!(finding.indistinguishable_from, ["not-averaged"]);
+    assert!(finding.evidence.contains("to tell them apart, capture several microbatches"), "{}", finding.evidence);
 }
 
 #[test]

@@ -40,11 +40,14 @@ pub fn loss_and_grad(kernel: &Kernel, problem: &Problem, g: &[f32], fault: Optio
     let Shape { tokens, hidden, vocab } = problem.shape();
     let mut d_hidden = vec![bf16::ZERO; tokens * hidden];
     let mut d_unembedding = vec![0.0; vocab * hidden];
-    let gradients =
-        Gradients { d_hidden: Some(GradientMut::Bf16(&mut d_hidden)), d_unembedding: Some(GradientMut::F32(&mut d_unembedding)) };
+    let gradients = Gradients {
+        d_hidden: Some(GradientMut::Bf16(&mut d_hidden)),
+        d_unembedding: Some(GradientMut::F32(&mut d_unembedding)),
+        ..Gradients::default()
+    };
     let forward = kernel.loss_and_grad(problem, g, gradients)?;
     if fault == Some(Fault::LabelScatterBf16) {
-        let lse_part = Gradients { d_hidden: None, d_unembedding: Some(GradientMut::F32(&mut d_unembedding)) };
+        let lse_part = Gradients { d_unembedding: Some(GradientMut::F32(&mut d_unembedding)), ..Gradients::default() };
         kernel.backward(problem, &forward.lse, Cotangents { lse: Some(g), ..Cotangents::default() }, lse_part)?;
         d_unembedding.iter_mut().zip(scatter_labels_bf16(problem, g)).for_each(|(d, label)| *d += label.to_f32());
     }

@@ -1,5 +1,5 @@
-//! Throughput of every kernel of this machine, `<kernel>/<pass>/<N>x<D>x<V>`, and of multiplying and adding alone,
-//! `machine/multiply_add`.
+//! Throughput of every kernel of this machine, `<kernel>/<pass>/<N>x<D>x<V>`, and of multiply-adds from registers
+//! alone, `machine/<instruction>`.
 //!
 //! Elements are floating-point operations. Counted are 2·N·D·V for the forward, 6·N·D·V for the backward from the lse (of
 //! which 2·N·D·V recompute the logits) and for both at once where the workspace keeps the logits, and 8·N·D·V for both at once
@@ -10,9 +10,10 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput, criterion_g
 use fused_xent_kernels::problem::{Inputs, Layout, LossOptions, Problem, Shape};
 use fused_xent_kernels::{Cotangents, GradientMut, Gradients, Kernel};
 use half::bf16;
-#[cfg(target_arch = "x86_64")]
-use std::hint::black_box;
 use std::time::Duration;
+
+#[path = "../examples/support/peak.rs"]
+mod peak;
 
 const SHAPES: [Shape; 2] = [Shape { tokens: 512, hidden: 512, vocab: 8192 }, Shape { tokens: 1024, hidden: 512, vocab: 16384 }];
 
@@ -48,11 +49,19 @@ fn kernels(c: &mut Criterion) {
             assert!((mean - uniform).abs() < 1e-2, "{mean}: nearly uniform logits give a loss near ln V = {uniform}");
             let backward = |dq: &mut [f32], dk: &mut [f32]| {
                 let cotangents = Cotangents { loss: Some(&g), ..Cotangents::default() };
-                let gradients = Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) };
+                let gradients = Gradients {
+                    d_hidden: Some(GradientMut::F32(dq)),
+                    d_unembedding: Some(GradientMut::F32(dk)),
+                    ..Gradients::default()
+                };
                 kernel.backward(&problem, &forward.lse, cotangents, gradients).expect("the buffers fit");
             };
             let both = |kernel: &Kernel, dq: &mut [f32], dk: &mut [f32]| {
-                let gradients = Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) };
+                let gradients = Gradients {
+                    d_hidden: Some(GradientMut::F32(dq)),
+                    d_unembedding: Some(GradientMut::F32(dk)),
+                    ..Gradients::default()
+                };
                 assert_eq!(kernel.loss_and_grad(&problem, &g, gradients).as_ref(), Ok(&forward));
             };
             backward(&mut dq, &mut dk);
@@ -93,40 +102,15 @@ fn quick<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     group
 }
 
-/// With two registers for a and b, all but one of the sixteen. So many that none waits for its own last step.
-#[cfg(target_arch = "x86_64")]
-const CHAINS: usize = 13;
-
-/// `steps` times x ← x·a + b of four floats in every chain, from registers.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "sse2")]
-fn multiply_add(steps: usize) -> f32 {
-    use std::arch::x86_64::{_mm_add_ps, _mm_cvtss_f32, _mm_mul_ps, _mm_set1_ps};
-    let [a, b] = [0.5, 1.0].map(|x| _mm_set1_ps(black_box(x)));
-    let mut chains = [_mm_set1_ps(0.0); CHAINS];
-    for _ in 0..steps {
-        for x in &mut chains {
-            *x = _mm_add_ps(_mm_mul_ps(*x, a), b);
-        }
-    }
-    chains.iter().map(|&x| _mm_cvtss_f32(x)).sum()
-}
-
-/// What the SSE2 that x86-64 begins with gives at most, on every thread.
-#[cfg(target_arch = "x86_64")]
+/// What multiply-adds give from registers alone, on every thread.
 fn machine(c: &mut Criterion) {
-    const STEPS: usize = 1 << 20;
-    // SAFETY: every x86-64 has SSE2.
-    let all_threads = || rayon::broadcast(|_| unsafe { multiply_add(STEPS) });
-    assert!(all_threads().iter().all(|&sum| sum == 2.0 * CHAINS as f32), "x/2 + 1 goes to 2");
     let mut group = quick(c, "machine");
-    group.throughput(Throughput::Elements((2 * 4 * CHAINS * STEPS * rayon::current_num_threads()) as u64));
-    group.bench_function("multiply_add", |b| b.iter(all_threads));
+    for instruction in peak::available() {
+        group.throughput(Throughput::Elements(instruction.operations() as u64));
+        group.bench_function(instruction.name, |b| b.iter(|| instruction.run()));
+    }
     group.finish();
 }
-
-#[cfg(not(target_arch = "x86_64"))]
-fn machine(_: &mut Criterion) {}
 
 criterion_group!(benches, machine, kernels);
 criterion_main!(benches);

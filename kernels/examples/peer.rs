@@ -21,6 +21,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 use std::{env, fs, io};
 
+#[path = "support/peak.rs"]
+mod peak;
+
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
     if let Err(error) = run(&arguments) {
@@ -68,7 +71,11 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
     for line in io::stdin().lines() {
         let line = line?;
         let (command, prefix) = line.split_once(' ').map_or((&line[..], None), |(command, prefix)| (command, Some(prefix)));
-        let gradients = Gradients { d_hidden: Some(GradientMut::Bf16(&mut dq)), d_unembedding: Some(GradientMut::F32(&mut dk)) };
+        let gradients = Gradients {
+            d_hidden: Some(GradientMut::Bf16(&mut dq)),
+            d_unembedding: Some(GradientMut::F32(&mut dk)),
+            ..Gradients::default()
+        };
         MOST.store(held, Relaxed);
         let start = Instant::now();
         let forward = match command {
@@ -81,7 +88,7 @@ fn run(arguments: &[String]) -> Result<(), Box<dyn Error>> {
                 forward
             }
             "peak" => {
-                let (instructions, gflops) = peak::measure().unwrap_or(("none", 0.0));
+                let (instructions, gflops) = peak::widest().map_or(("none", 0.0), |widest| (widest.name, widest.gflops()));
                 println!("{{\"instructions\": {instructions:?}, \"gflops\": {gflops}}}");
                 continue;
             }
@@ -111,85 +118,6 @@ fn read<T, const BYTES: usize>(path: &Path, element: impl Fn([u8; BYTES]) -> T) 
 fn write<T: Copy, const BYTES: usize>(path: &str, values: &[T], bytes: impl Fn(T) -> [u8; BYTES]) -> Result<(), Box<dyn Error>> {
     let bytes: Vec<u8> = values.iter().flat_map(|&x| bytes(x)).collect();
     fs::write(path, bytes).map_err(|error| format!("{path}: {error}").into())
-}
-
-/// What the widest multiply-add of this machine gives from registers alone.
-#[cfg(target_arch = "x86_64")]
-mod peak {
-    use std::arch::x86_64::*;
-    use std::hint::black_box;
-    use std::time::Instant;
-
-    const STEPS: usize = 1 << 23;
-    const TRIES: usize = 3;
-    /// Two a cycle, six cycles long, leave none waiting for its own last step; with both factors they fit 16 registers.
-    const CHAINS: usize = 12;
-
-    /// The instructions, and their GFLOP/s on all threads of the pool at once: the best of a few tries.
-    pub fn measure() -> Option<(&'static str, f64)> {
-        if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f") {
-            // SAFETY: the machine has both features.
-            Some(("AVX-512 bfloat16 dot products", gflops(64, || unsafe { dot_products() })))
-        } else if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the machine has the feature.
-            Some(("AVX-512 float32 multiply-adds", gflops(32, || unsafe { wide_multiply_adds() })))
-        } else if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx") {
-            // SAFETY: the machine has both features.
-            Some(("AVX float32 multiply-adds", gflops(16, || unsafe { multiply_adds() })))
-        } else {
-            None
-        }
-    }
-
-    /// `work` runs [`STEPS`] steps of [`CHAINS`] instructions of `operations` each.
-    fn gflops(operations: usize, work: impl Fn() -> f32 + Sync) -> f64 {
-        let seconds = || {
-            let start = Instant::now();
-            rayon::broadcast(|_| black_box(work()));
-            start.elapsed().as_secs_f64()
-        };
-        let best = (0..TRIES).map(|_| seconds()).fold(f64::INFINITY, f64::min);
-        (operations * CHAINS * STEPS * rayon::current_num_threads()) as f64 / best / 1e9
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn dot_products() -> f32 {
-        let [a, b] = [0.5, 0.25].map(|x| _mm512_set1_ps(black_box(x)));
-        let [a, b] = [_mm512_cvtne2ps_pbh(a, a), _mm512_cvtne2ps_pbh(b, b)];
-        let mut sums = [_mm512_setzero_ps(); CHAINS];
-        for _ in 0..STEPS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, a, b));
-        }
-        sums.iter().map(|&sum| _mm512_cvtss_f32(sum)).sum()
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn wide_multiply_adds() -> f32 {
-        let [a, b] = [0.5, 0.25].map(|x| _mm512_set1_ps(black_box(x)));
-        let mut sums = [_mm512_setzero_ps(); CHAINS];
-        for _ in 0..STEPS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(a, b, *sum));
-        }
-        sums.iter().map(|&sum| _mm512_cvtss_f32(sum)).sum()
-    }
-
-    #[target_feature(enable = "avx,fma")]
-    fn multiply_adds() -> f32 {
-        let [a, b] = [0.5, 0.25].map(|x| _mm256_set1_ps(black_box(x)));
-        let mut sums = [_mm256_setzero_ps(); CHAINS];
-        for _ in 0..STEPS {
-            sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(a, b, *sum));
-        }
-        sums.iter().map(|&sum| _mm256_cvtss_f32(sum)).sum()
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod peak {
-    /// Not known for this processor.
-    pub fn measure() -> Option<(&'static str, f64)> {
-        None
-    }
 }
 
 /// The system's allocator, which counts.

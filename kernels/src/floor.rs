@@ -100,6 +100,22 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
+    /// What is tolerated of some rows, as a tensor of their own.
+    ///
+    /// # Panics
+    /// If a row does not exist.
+    pub fn of_rows(&self, rows: &[usize]) -> Self {
+        let of = |values: &[f64]| rows.iter().map(|&row| values[row]).collect();
+        Self {
+            before: of(&self.before),
+            rounding: of(&self.rounding),
+            declared: of(&self.declared),
+            bound_rows: of(&self.bound_rows),
+            bound_columns: self.bound_columns.clone(),
+            ..*self
+        }
+    }
+
     /// The floor: ‖error‖₂ that an honest computation is expected to make over the given rows.
     pub fn l2(&self, rows: Range<usize>) -> f64 {
         (self.before[rows.clone()].iter().sum::<f64>() + self.rounding[rows].iter().sum::<f64>()).sqrt()

@@ -3,7 +3,8 @@
 //! Every element of C is one sum, taken in the order of its words by one micro-tile: what the tiles' borders are does not change it.
 
 use crate::cpu::Isa;
-use crate::panels::Strides;
+use crate::filter::Kept;
+use crate::panels::{self, Strides};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -94,45 +95,170 @@ pub(crate) unsafe fn product<I: Isa>(
     if c.rows == 0 || c.columns == 0 || words == 0 {
         return;
     }
+    let panel = check::<I>(words, left, right, c);
     let (data, Strides { row, step }) = left;
+    sweep.tiles::<I>(c, |i, j, next| {
+        // SAFETY: the operands are whole, and nobody else uses C.
+        unsafe {
+            let left = Left { data: data.as_ptr().add(i * row), row, step };
+            micro_tile(isa, words, left, right.as_ptr().add(j / I::NR * panel), c, [i, j], write, next);
+        }
+    });
+}
+
+/// What [`product_of`] gathers the words of its operands in.
+#[derive(Debug)]
+pub(crate) struct Gathered<P> {
+    left: Vec<P>,
+    right: Vec<P>,
+    /// Of all groups, one after the other.
+    words: Vec<usize>,
+    /// Where those of each group begin.
+    starts: Vec<usize>,
+}
+
+impl<P> Default for Gathered<P> {
+    fn default() -> Self {
+        Self { left: Vec::new(), right: Vec::new(), words: Vec::new(), starts: Vec::new() }
+    }
+}
+
+/// As [`product`], of the words that are kept; of all, if nothing says which.
+///
+/// # Safety
+/// Nobody else uses C meanwhile.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+pub(crate) unsafe fn product_of<I: Isa>(
+    kept: Option<Kept>,
+    isa: I,
+    sweep: Sweep,
+    words: usize,
+    left: (&[I::Packed], Strides),
+    right: &[I::Packed],
+    c: Output,
+    write: Write,
+    gathered: &mut Gathered<I::Packed>,
+) {
+    let Some(kept) = kept else {
+        // SAFETY: the caller's promise.
+        return unsafe { product(isa, sweep, words, left, right, c, write) };
+    };
+    if c.rows == 0 || c.columns == 0 || words == 0 {
+        return;
+    }
+    let panel = check::<I>(words, left, right, c);
+    let (data, Strides { row, step }) = left;
+    // Groups that take all their words are left where they lie.
+    gathered.words.clear();
+    gathered.starts.clear();
+    for group in 0..c.rows.div_ceil(I::MR) {
+        gathered.starts.push(gathered.words.len());
+        if kept.count(group, words) < words {
+            gathered.words.extend(kept.words(group));
+        }
+    }
+    gathered.starts.push(gathered.words.len());
+    let word = I::MR * I::KU;
+    let out = panels::grow(&mut gathered.left, gathered.words.len() * word);
+    for (group, bounds) in gathered.starts.windows(2).enumerate() {
+        for (&p, out) in gathered.words[bounds[0]..bounds[1]].iter().zip(out[bounds[0] * word..].chunks_exact_mut(word)) {
+            for (a, out) in out.chunks_exact_mut(I::KU).enumerate() {
+                out.copy_from_slice(&data[(group * I::MR + a) * row + p * step..][..I::KU]);
+            }
+        }
+    }
+    let width = I::NR * I::KU;
+    panels::grow(&mut gathered.right, words * width);
+    sweep.tiles::<I>(c, |i, j, next| {
+        let right = &right[j / I::NR * panel..][..panel];
+        let (start, end) = (gathered.starts[i / I::MR], gathered.starts[i / I::MR + 1]);
+        match kept.count(i / I::MR, words) {
+            0 if write == Write::Add => {}
+            // SAFETY: the operands are whole, and nobody else uses C.
+            all if all == words => unsafe {
+                let left = Left { data: data.as_ptr().add(i * row), row, step };
+                micro_tile(isa, words, left, right.as_ptr(), c, [i, j], write, next);
+            },
+            _ => {
+                for (&p, out) in gathered.words[start..end].iter().zip(gathered.right.chunks_exact_mut(width)) {
+                    out.copy_from_slice(&right[p * width..][..width]);
+                }
+                let left = Left { data: gathered.left[start * word..].as_ptr(), row: I::KU, step: word };
+                // SAFETY: so many words have been gathered of both, and nobody else uses C.
+                unsafe { micro_tile(isa, end - start, left, gathered.right.as_ptr(), c, [i, j], write, next) };
+            }
+        }
+    });
+}
+
+/// That the operands hold what C needs; returns the elements of a right panel.
+#[inline(always)]
+fn check<I: Isa>(words: usize, (data, Strides { row, step }): (&[I::Packed], Strides), right: &[I::Packed], c: Output) -> usize {
     let last = (c.rows.next_multiple_of(I::MR) - 1) * row + (words - 1) * step;
     let panel = words * I::NR * I::KU;
     assert!(last + I::KU <= data.len() && c.columns.div_ceil(I::NR) * panel <= right.len(), "the operands are whole");
-    let micro_tile = |i: usize, j: usize, next: [usize; 2]| {
-        // SAFETY: `last` is where the last row ends, and the last panel ends within `right`.
-        let (left, right) =
-            unsafe { (Left { data: data.as_ptr().add(i * row), row, step }, right.as_ptr().add(j / I::NR * panel)) };
-        let (rows, columns) = (I::MR.min(c.rows - i), I::NR.min(c.columns - j));
-        let vectors = columns.div_ceil(I::LANES);
-        if c.column == 1 && rows == I::MR && columns == vectors * I::LANES {
-            let next = c.pointer.wrapping_add(next[0] * c.row + next[1]);
-            // SAFETY: the operands are whole, and so is the micro-tile of C, which lies in the matrix.
-            unsafe { isa.product(words, left, right, c.pointer.add(i * c.row + j), c.row, vectors, write, next) };
-            return;
-        }
-        let mut scratch = [0.0f32; SCRATCH];
-        let tile = scratch.as_mut_ptr();
-        // SAFETY: the operands are whole, and the scratch is as large as any micro-tile.
-        unsafe { isa.product(words, left, right, tile, I::NR, vectors, Write::Set, tile) };
-        for (a, b) in (0..columns).flat_map(|b| (0..rows).map(move |a| (a, b))) {
+    panel
+}
+
+/// The micro-tile of C at `place`; that at `next` is brought nearer meanwhile.
+///
+/// # Safety
+/// The left operand has MR rows of so many words, and the right panel as many words; `place` lies in C, which nobody else uses.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn micro_tile<I: Isa>(
+    isa: I,
+    words: usize,
+    left: Left<I::Packed>,
+    right: *const I::Packed,
+    c: Output,
+    [i, j]: [usize; 2],
+    write: Write,
+    next: [usize; 2],
+) {
+    let (rows, columns) = (I::MR.min(c.rows - i), I::NR.min(c.columns - j));
+    let vectors = columns.div_ceil(I::LANES);
+    if c.column == 1 && rows == I::MR && columns == vectors * I::LANES {
+        let next = c.pointer.wrapping_add(next[0] * c.row + next[1]);
+        // SAFETY: the operands are whole, and so is the micro-tile of C, which lies in the matrix.
+        unsafe { isa.product(words, left, right, c.pointer.add(i * c.row + j), c.row, vectors, write, next) };
+        return;
+    }
+    let mut scratch = [0.0f32; SCRATCH];
+    let tile = scratch.as_mut_ptr();
+    // SAFETY: the operands are whole, and the scratch is as large as any micro-tile.
+    unsafe { isa.product(words, left, right, tile, I::NR, vectors, Write::Set, tile) };
+    for b in 0..columns {
+        let column = c.pointer.wrapping_add(i * c.row + (j + b) * c.column);
+        let put = |a: usize| {
             // SAFETY: the element lies in the matrix, and nobody else uses it.
-            let c = unsafe { &mut *c.pointer.add((i + a) * c.row + (j + b) * c.column) };
+            let c = unsafe { &mut *column.add(a * c.row) };
             let sum = scratch[a * I::NR + b];
             *c = if write == Write::Set { sum } else { *c + sum };
-        }
-    };
-    match sweep {
-        Sweep::Rows => {
-            for i in (0..c.rows).step_by(I::MR) {
-                for j in (0..c.columns).step_by(I::NR) {
-                    micro_tile(i, j, if j + I::NR < c.columns { [i, j + I::NR] } else { [i + I::MR, 0] });
+        };
+        // The number of rows of a whole micro-tile is known when this is compiled.
+        if rows == I::MR { (0..I::MR).for_each(put) } else { (0..rows).for_each(put) }
+    }
+}
+
+impl Sweep {
+    /// Calls `tile` with where each micro-tile of C begins, and where the next does.
+    #[inline(always)]
+    fn tiles<I: Isa>(self, c: Output, mut tile: impl FnMut(usize, usize, [usize; 2])) {
+        match self {
+            Sweep::Rows => {
+                for i in (0..c.rows).step_by(I::MR) {
+                    for j in (0..c.columns).step_by(I::NR) {
+                        tile(i, j, if j + I::NR < c.columns { [i, j + I::NR] } else { [i + I::MR, 0] });
+                    }
                 }
             }
-        }
-        Sweep::Panels => {
-            for j in (0..c.columns).step_by(I::NR) {
-                for i in (0..c.rows).step_by(I::MR) {
-                    micro_tile(i, j, if i + I::MR < c.rows { [i + I::MR, j] } else { [0, j + I::NR] });
+            Sweep::Panels => {
+                for j in (0..c.columns).step_by(I::NR) {
+                    for i in (0..c.rows).step_by(I::MR) {
+                        tile(i, j, if i + I::MR < c.rows { [i + I::MR, j] } else { [0, j + I::NR] });
+                    }
                 }
             }
         }

@@ -12,9 +12,10 @@ use crate::vjp::Cotangents;
 /// Columns whose exponentials are added up before they join the sum: two short sums err less than a long one.
 const SHORT: usize = 16;
 /// Lanes of the widest panel.
-const MOST_LANES: usize = 64;
+pub(crate) const MOST_LANES: usize = 64;
 
-type Lanes = [f32; MOST_LANES];
+/// A value for each lane.
+pub(crate) type Lanes = [f32; MOST_LANES];
 
 /// The largest logit of each lane; NaN is passed over.
 #[inline(always)]
@@ -175,6 +176,11 @@ pub(crate) struct PanelCotangent {
 }
 
 impl PanelCotangent {
+    /// The largest dlogits that a filter calls small.
+    pub fn limits(&self, threshold: f32, scale: f64) -> Lanes {
+        std::array::from_fn(|lane| threshold * scale.abs() as f32 * self.p[lane].abs().max(self.onehot[lane].abs()))
+    }
+
     pub fn new(problem: &Problem, cotangents: Cotangents, tokens: &[usize], lse: &[f32]) -> Self {
         let zero = [0.0; MOST_LANES];
         let mut out = Self { lse: zero, p: zero, constant: zero, onehot: zero };

@@ -22,8 +22,11 @@
 //!     LossOptions::default(),
 //! )?;
 //! let (mut dq, mut dk) = ([0.0f32; 4], [0.0f32; 6]);
-//! let gradients =
-//!     Gradients { d_hidden: Some(GradientMut::F32(&mut dq)), d_unembedding: Some(GradientMut::Accumulate(&mut dk)) };
+//! let gradients = Gradients {
+//!     d_hidden: Some(GradientMut::F32(&mut dq)),
+//!     d_unembedding: Some(GradientMut::Accumulate(&mut dk)),
+//!     ..Gradients::default()
+//! };
 //! let forward = Kernel::best().loss_and_grad(&problem, &[1.0, 1.0], gradients)?;
 //! // z = [0.5, −1, −1.5], so lse = 0.806 and the loss is lse − z₂ = 2.306.
 //! assert!((forward.loss[0] - 2.306).abs() < 1e-3);
@@ -34,6 +37,7 @@
 pub mod contract;
 mod cpu;
 mod elementwise;
+mod filter;
 pub mod floor;
 mod gemm;
 mod lanes;
@@ -46,6 +50,7 @@ pub mod shard;
 mod tiled;
 pub mod vjp;
 
+pub use filter::Filter;
 pub use vjp::{Cotangents, Dlogits, Forward, GradientMut, Gradients, Kernel, Predictions, UnknownKernel};
 
 /// The examples of the kernels' guide, compiled and run as tests.

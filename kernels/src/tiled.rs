@@ -24,7 +24,8 @@
 //! So neither the number of threads nor the stripe changes a bit, and the forward and dQ depend on the problem alone.
 
 use crate::cpu::Isa;
-use crate::gemm::{self, Output, Sweep, Write};
+use crate::filter::{ChunkSieve, Filter, Sieve};
+use crate::gemm::{self, Gathered, Output, Sweep, Write};
 use crate::lanes::{self, PanelCotangent, Prediction};
 use crate::memory;
 use crate::panels::{self, Axis, Operand, PackLeft, PackRight, Packed, Strides};
@@ -73,6 +74,10 @@ pub(crate) struct Sinks<'a, 'g> {
     pub d_hidden: Option<&'a mut GradientMut<'g>>,
     /// dK in K's layout, and whether its first value is to be written or added to what is there.
     pub d_unembedding: Option<(&'a mut [f32], Write)>,
+    /// What to leave out.
+    pub filter: Option<&'a mut Filter>,
+    /// For logits; it grows to what is needed.
+    pub workspace: &'a mut Vec<f32>,
 }
 
 /// One problem on one instruction set.
@@ -97,11 +102,12 @@ struct Scratch<I: Isa> {
     right: Vec<I::Packed>,
     z: Vec<f32>,
     dlogits: Vec<f32>,
+    gathered: Gathered<I::Packed>,
 }
 
 impl<I: Isa> Default for Scratch<I> {
     fn default() -> Self {
-        Self { left: Vec::new(), right: Vec::new(), z: Vec::new(), dlogits: Vec::new() }
+        Self { left: Vec::new(), right: Vec::new(), z: Vec::new(), dlogits: Vec::new(), gathered: Gathered::default() }
     }
 }
 
@@ -168,10 +174,10 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     /// Fills the sinks, given every token's lse.
     pub fn backward(self, lse: &[f32], cotangents: Cotangents, mut sinks: Sinks) {
         let plan = self.striped();
-        let mut z = self.workspace(plan);
+        self.reserve(plan, &mut sinks);
         for tokens in self.active.chunks(plan.tokens.max(1)) {
             let lse: Vec<f32> = tokens.iter().map(|&n| lse[n]).collect();
-            self.gradients(&self.block(tokens), plan, &lse, cotangents, false, &mut z, &mut sinks);
+            self.gradients(&self.block(tokens), plan, &lse, cotangents, false, &mut sinks);
         }
     }
 
@@ -179,13 +185,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     pub fn partials_and_backward(self, cotangents: Cotangents, mut sinks: Sinks) -> Vec<(usize, TokenPartial)> {
         let whole = self.whole_rows();
         let plan = whole.unwrap_or_else(|| self.striped());
-        let mut z = self.workspace(plan);
+        self.reserve(plan, &mut sinks);
         let mut all = Vec::with_capacity(self.active.len());
         for tokens in self.active.chunks(plan.tokens.max(1)) {
             let block = self.block(tokens);
-            let partials = self.block_partials(&block, if whole.is_some() { &mut z } else { &mut [] });
+            let partials = self.block_partials(&block, if whole.is_some() { sinks.workspace } else { &mut [] });
             let lse: Vec<f32> = partials.iter().map(|p| p.loss_and_lse(self.problem).1).collect();
-            self.gradients(&block, plan, &lse, cotangents, whole.is_some(), &mut z, &mut sinks);
+            self.gradients(&block, plan, &lse, cotangents, whole.is_some(), &mut sinks);
             all.extend(partials);
         }
         self.by_token(all)
@@ -195,8 +201,16 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         self.active.into_iter().zip(rows).collect()
     }
 
-    fn workspace(&self, plan: Plan) -> Vec<f32> {
-        memory::zeros(plan.tokens.next_multiple_of(I::NR) * plan.stripe)
+    /// Makes room for the logits of a plan. What an earlier call left is used, unless with the rest it would exceed the bound.
+    fn reserve(&self, plan: Plan, sinks: &mut Sinks) {
+        let tokens = plan.tokens.next_multiple_of(I::NR);
+        let len = tokens * plan.stripe;
+        let most = (self.settings.workspace.saturating_sub(tokens * self.bytes_per_token()) / size_of::<f32>()).max(len);
+        if !(len..=most).contains(&sinks.workspace.len()) {
+            // What is there goes first, so that there is never more than the larger of the two.
+            *sinks.workspace = Vec::new();
+            *sinks.workspace = memory::zeros(len);
+        }
     }
 
     fn block<'t>(&self, tokens: &'t [usize]) -> Block<'t, I> {
@@ -290,17 +304,8 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     }
 
     /// The gradients of one block, given its tokens' lse; `resident` if its logits are in the workspace.
-    #[allow(clippy::too_many_arguments)]
-    fn gradients(
-        &self,
-        block: &Block<I>,
-        plan: Plan,
-        lse: &[f32],
-        cotangents: Cotangents,
-        resident: bool,
-        workspace: &mut [f32],
-        sinks: &mut Sinks,
-    ) {
+    fn gradients(&self, block: &Block<I>, plan: Plan, lse: &[f32], cotangents: Cotangents, resident: bool, sinks: &mut Sinks) {
+        let workspace = &mut sinks.workspace[..];
         let d = self.problem.shape().hidden;
         let tokens = block.tokens;
         let panels = tokens.chunks(I::NR).zip(lse.chunks(I::NR));
@@ -314,19 +319,26 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
             (Output::new(dk, [self.problem.valid_columns(), d], unembedding_strides(self.problem)), write)
         });
         for stripe in cut(0..self.problem.valid_columns(), plan.stripe) {
-            let jobs = cut(stripe.clone(), CHUNK).zip(workspace.chunks_mut(tokens.len().next_multiple_of(I::NR) * CHUNK));
-            work(jobs, Scratch::<I>::default, |scratch, (chunk, z)| {
+            let mut sieve = sinks.filter.as_ref().map(|_| Sieve::new::<I>(tokens.len(), stripe.len(), CHUNK));
+            let chunks = cut(stripe.clone(), CHUNK).zip(workspace.chunks_mut(tokens.len().next_multiple_of(I::NR) * CHUNK));
+            let sieves = sieve.iter_mut().zip(&mut sinks.filter).flat_map(|(sieve, f)| sieve.chunks::<I>(f, stripe.clone()));
+            let jobs = chunks.zip(sieves.map(Some).chain(std::iter::repeat_with(|| None)));
+            let jobs = jobs.map(|((chunk, z), sieve)| (chunk, z, sieve));
+            work(jobs, Scratch::<I>::default, |scratch, (chunk, z, mut sieve)| {
                 if !resident {
                     let panel = chunk.len().next_multiple_of(I::MR) * I::NR;
                     self.logits(&mut scratch.left, block, chunk.clone(), z, panel, |_| {});
                 }
-                self.dlogits(scratch, &panels, chunk.clone(), z, dk.is_some());
+                self.dlogits(scratch, &panels, chunk.clone(), z, dk.is_some(), sieve.as_mut());
                 if let Some((dk, write)) = dk {
-                    self.d_unembedding(scratch, &by_feature, tokens.len(), dk.part(chunk, 0..d), write);
+                    self.d_unembedding(scratch, &by_feature, tokens.len(), dk.part(chunk, 0..d), write, sieve.as_ref());
                 }
             });
             if !dq.is_empty() {
-                self.d_hidden(tokens.len(), stripe, workspace, &mut dq);
+                self.d_hidden(tokens.len(), stripe, workspace, sieve.as_ref(), &mut dq);
+            }
+            if let (Some(sieve), Some(filter)) = (sieve, &mut sinks.filter) {
+                sieve.finish(filter, tokens);
             }
         }
         if let Some(d_hidden) = &mut sinks.d_hidden {
@@ -344,6 +356,7 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         chunk: Range<usize>,
         z: &mut [f32],
         dk: bool,
+        mut sieve: Option<&mut ChunkSieve>,
     ) {
         let rows = chunk.len().next_multiple_of(I::MR);
         let tokens = panels.iter().map(|(tokens, _)| tokens.len()).sum();
@@ -353,6 +366,8 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         let parts = self.settings.parts;
         for (p, ((tokens, cotangent), z)) in panels.iter().zip(z.chunks_exact_mut(rows * I::NR)).enumerate() {
             let labels: Vec<_> = labels(self.problem, tokens, chunk.start, chunk.len()).collect();
+            let scale = self.problem.options().logit_scale;
+            let limits = sieve.as_ref().map(|sieve| cotangent.limits(sieve.threshold(), scale));
             for piece in cut(0..rows, ROWS) {
                 let out = &mut scratch.dlogits[..piece.len() * I::NR];
                 let valid = piece.start..piece.end.min(chunk.len());
@@ -365,6 +380,9 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                     out.chunks_exact_mut(I::NR).for_each(|row| row[tokens.len()..].fill(0.0));
                 }
                 let dlogits = out;
+                if let Some((sieve, limits)) = sieve.as_mut().zip(limits.as_ref()) {
+                    sieve.sift(self.isa, dlogits, limits, p, piece.start);
+                }
                 for part in 0..parts {
                     // In bytes no longer than the logits that it is made of: nothing is overwritten before its time.
                     let by_token = &mut as_packed::<I::Packed>(z)[piece.start * I::NR * parts..piece.end * I::NR * parts];
@@ -380,6 +398,9 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                 }
             }
         }
+        if let Some(sieve) = sieve {
+            sieve.count::<I>(chunk.len());
+        }
     }
 
     /// How a chunk's dlogits lie for dK, in rows of tokens: their stride, and the elements of a part.
@@ -389,19 +410,28 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
     }
 
     /// dK = or += dlogits·Q for a chunk, whose dlogits are in `scratch.left`.
-    fn d_unembedding(&self, scratch: &Scratch<I>, by_feature: &[I::Packed], tokens: usize, dk: Output, write: Write) {
+    fn d_unembedding(
+        &self,
+        scratch: &mut Scratch<I>,
+        by_feature: &[I::Packed],
+        tokens: usize,
+        dk: Output,
+        write: Write,
+        sieve: Option<&ChunkSieve>,
+    ) {
         let (stride, part) = self.by_column(tokens, dk.rows().next_multiple_of(I::MR));
         let strides = Strides { row: stride, step: I::KU };
         let words = tokens.div_ceil(I::KU);
+        let kept = sieve.map(ChunkSieve::by_column::<I>);
         for i in 0..self.settings.parts {
-            let (left, write) = (&scratch.left[i * part..], if i == 0 { write } else { Write::Add });
+            let (left, write) = ((&scratch.left[i * part..], strides), if i == 0 { write } else { Write::Add });
             // SAFETY: each chunk's part of dK is its own.
-            unsafe { gemm::product(self.isa, Sweep::Panels, words, (left, strides), by_feature, dk, write) };
+            unsafe { gemm::product_of(kept, self.isa, Sweep::Panels, words, left, by_feature, dk, write, &mut scratch.gathered) };
         }
     }
 
     /// dQ += dlogitsᵀ·K over a stripe, whose dlogits are in the workspace.
-    fn d_hidden(&self, tokens: usize, stripe: Range<usize>, workspace: &[f32], dq: &mut [f32]) {
+    fn d_hidden(&self, tokens: usize, stripe: Range<usize>, workspace: &[f32], sieve: Option<&Sieve>, dq: &mut [f32]) {
         let (d, parts) = (self.problem.shape().hidden, self.settings.parts);
         let k = self.unembedding(true);
         let dq = Output::new(dq, [tokens, d], [d, 1]);
@@ -416,7 +446,12 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
         };
         work(tiles, Scratch::<I>::default, |scratch, (i, j)| {
             let (rows, columns) = (share(i, down, tokens, I::MR), share(j, across, d, I::NR));
-            for (chunk, z) in cut(stripe.clone(), CHUNK).zip(workspace.chunks(tokens.next_multiple_of(I::NR) * CHUNK)) {
+            let chunks = cut(stripe.clone(), CHUNK).zip(workspace.chunks(tokens.next_multiple_of(I::NR) * CHUNK));
+            for (place, (chunk, z)) in chunks.enumerate() {
+                let kept = sieve.map(|sieve| sieve.by_token::<I>(place));
+                if kept.is_some_and(|kept| !kept.any(rows.start / I::MR..rows.end.div_ceil(I::MR))) {
+                    continue;
+                }
                 let right_len = columns.len().div_ceil(I::NR) * panels::right_len::<I>(chunk.len());
                 let out = panels::grow(&mut scratch.right, right_len);
                 self.isa.vectorize(PackRight { x: &k, outer: columns.clone(), terms: chunk.clone(), out });
@@ -429,11 +464,13 @@ impl<'a, 'p, I: Isa> Pass<'a, 'p, I> {
                     }
                     let by_token = as_packed_ref::<I::Packed>(z);
                     let first = (rows.start - p * I::NR) * I::KU;
+                    let kept = kept.map(|kept| kept.starting_at(rows.start / I::MR));
                     let c = dq.part(rows, columns.clone());
                     for part in 0..parts {
                         let (words, left) = (chunk.len().div_ceil(I::KU), (&by_token[part * word + first..], strides));
+                        let (right, gathered) = (&scratch.right, &mut scratch.gathered);
                         // SAFETY: the tiles of dQ are disjoint.
-                        unsafe { gemm::product(self.isa, Sweep::Rows, words, left, &scratch.right, c, Write::Add) };
+                        unsafe { gemm::product_of(kept, self.isa, Sweep::Rows, words, left, right, c, Write::Add, gathered) };
                     }
                 }
             }

@@ -9,6 +9,7 @@
 
 use crate::contract::{Contract, LabelTerm, Precision};
 use crate::cpu::{self, Backend};
+use crate::filter::Filter;
 use crate::gemm::Write;
 use crate::memory;
 use crate::panels::Pack;
@@ -17,6 +18,7 @@ use crate::shard::{Partial, TokenPartial};
 use crate::tiled::{Settings, Sinks};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::sync::{Arc, Mutex, TryLockError};
 
 /// The default bound on the workspace, in bytes; with what two threads pack into it makes 128 MiB at most.
 const WORKSPACE: usize = 120 << 20;
@@ -36,6 +38,8 @@ pub struct Kernel {
     narrow: Option<&'static dyn Backend>,
     workspace: usize,
     dlogits: Option<Dlogits>,
+    /// The last call's workspace.
+    held: Arc<Mutex<Vec<f32>>>,
 }
 
 /// The precision of dlogits in the products that make dQ and dK of them; see the table in docs/performance.md.
@@ -81,7 +85,7 @@ pub struct UnknownKernel {
 
 impl Kernel {
     fn new(name: &'static str, wide: &'static dyn Backend, narrow: Option<&'static dyn Backend>) -> Self {
-        Self { name, wide, narrow, workspace: WORKSPACE, dlogits: None }
+        Self { name, wide, narrow, workspace: WORKSPACE, dlogits: None, held: Arc::default() }
     }
 
     /// Plain Rust, compiled for the baseline of the target: runs everywhere.
@@ -143,8 +147,10 @@ impl Kernel {
     ///
     /// It holds logits, Q twice in panels, and dQ, for a block of tokens. Beyond it a call packs into up to 2 MiB per thread, and
     /// holds V·D floats where dK is wanted in bfloat16 or float16, since it is summed in float32 and rounded once.
+    ///
+    /// A kernel keeps its workspace for the next call; it is freed with the kernel and its clones, which share it.
     pub fn with_workspace(self, bytes: usize) -> Self {
-        Self { workspace: bytes, ..self }
+        Self { workspace: bytes, held: Arc::default(), ..self }
     }
 
     /// Chooses the precision of dlogits in the gradient products.
@@ -183,6 +189,15 @@ impl Kernel {
         };
         let parts = if dlogits == Dlogits::Bf16x2 { 2 } else { 1 };
         (backend, Settings { workspace: self.workspace, parts }, dlogits)
+    }
+
+    /// Does the work in the workspace of the last call, or in a new one while another call is using that.
+    fn with_workspace_held<R>(&self, work: impl FnOnce(&mut Vec<f32>) -> R) -> R {
+        match self.held.try_lock() {
+            Ok(mut held) => work(&mut held),
+            Err(TryLockError::Poisoned(held)) => work(&mut held.into_inner()),
+            Err(TryLockError::WouldBlock) => work(&mut Vec::new()),
+        }
     }
 
     /// Per-token loss, lse and label logits.
@@ -240,7 +255,9 @@ impl Kernel {
         per_token("lse", lse, problem)?;
         cotangents.validate(problem)?;
         let (backend, settings, _) = self.select(dtypes(problem), &gradients.dtypes());
-        gradients.fill(problem, |sinks| backend.backward(problem, settings, lse, cotangents, sinks))
+        self.with_workspace_held(|workspace| {
+            gradients.fill(problem, workspace, |sinks| backend.backward(problem, settings, lse, cotangents, sinks))
+        })
     }
 
     /// [`Kernel::forward`] and [`Kernel::backward`] in one go, for `loss_cotangent` = g [N], the cotangent of the loss.
@@ -257,7 +274,9 @@ impl Kernel {
         let cotangents = Cotangents { loss: Some(loss_cotangent), ..Cotangents::default() };
         cotangents.validate(problem)?;
         let (backend, settings, _) = self.select(dtypes(problem), &gradients.dtypes());
-        let partials = gradients.fill(problem, |sinks| backend.partials_and_backward(problem, settings, cotangents, sinks))?;
+        let partials = self.with_workspace_held(|workspace| {
+            gradients.fill(problem, workspace, |sinks| backend.partials_and_backward(problem, settings, cotangents, sinks))
+        })?;
         Ok(Forward::new(problem, partials))
     }
 }
@@ -334,6 +353,8 @@ pub struct Gradients<'a> {
     pub d_hidden: Option<GradientMut<'a>>,
     /// dK, in K's own layout.
     pub d_unembedding: Option<GradientMut<'a>>,
+    /// What to leave out of both; `None`, the default, leaves out nothing.
+    pub filter: Option<&'a mut Filter>,
 }
 
 /// A gradient's buffer. bfloat16 and float16 are for inputs of that type: one rounding of the float32 sum.
@@ -421,7 +442,12 @@ impl Gradients<'_> {
     }
 
     /// Checks the buffers, runs `backward` on what it may write, and rounds.
-    fn fill<R>(mut self, problem: &Problem, backward: impl FnOnce(Sinks) -> R) -> Result<R, ProblemError> {
+    fn fill<R>(
+        mut self,
+        problem: &Problem,
+        workspace: &mut Vec<f32>,
+        backward: impl FnOnce(Sinks) -> R,
+    ) -> Result<R, ProblemError> {
         let shape = problem.shape();
         let (n_d, v_d) = (shape.tokens * shape.hidden, shape.vocab * shape.hidden);
         let dk_shape = if problem.layout() == Layout::Vd { "V × D" } else { "D × V" };
@@ -439,14 +465,21 @@ impl Gradients<'_> {
         if let Some(d_unembedding) = self.d_unembedding.as_mut().filter(|_| !all_written) {
             d_unembedding.clear();
         }
-        let d_hidden = self.d_hidden.as_mut();
+        if let Some(filter) = &mut self.filter {
+            filter.begin(problem);
+        }
+        let (d_hidden, filter) = (self.d_hidden.as_mut(), self.filter);
         Ok(match &mut self.d_unembedding {
-            None => backward(Sinks { d_hidden, d_unembedding: None }),
-            Some(GradientMut::F32(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Set)) }),
-            Some(GradientMut::Accumulate(sum)) => backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Add)) }),
+            None => backward(Sinks { d_hidden, d_unembedding: None, filter, workspace }),
+            Some(GradientMut::F32(sum)) => {
+                backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Set)), filter, workspace })
+            }
+            Some(GradientMut::Accumulate(sum)) => {
+                backward(Sinks { d_hidden, d_unembedding: Some((sum, Write::Add)), filter, workspace })
+            }
             Some(narrow) => {
                 let mut sum = memory::zeros(v_d);
-                let result = backward(Sinks { d_hidden, d_unembedding: Some((&mut sum, Write::Set)) });
+                let result = backward(Sinks { d_hidden, d_unembedding: Some((&mut sum, Write::Set)), filter, workspace });
                 narrow.put_all(&sum);
                 result
             }

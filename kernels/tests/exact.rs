@@ -63,6 +63,7 @@ proptest! {
             let gradients = Gradients {
                 d_hidden: Some(GradientMut::Accumulate(&mut d_hidden)),
                 d_unembedding: Some(GradientMut::Accumulate(&mut d_unembedding)),
+                ..Gradients::default()
             };
             kernel.backward(&case.problem(), &wide.forward.lse, case.cotangents(), gradients).unwrap();
             prop_assert_eq!(&Tensor::F32(d_hidden.clone()), &wide.d_hidden);

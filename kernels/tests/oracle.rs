@@ -119,7 +119,7 @@ proptest! {
                 let lse: Vec<f32> = results.forward.lse.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
                 let [mut d_hidden, mut d_unembedding] = case.buffers([dtype; 2]);
                 let gradients =
-                    Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()) };
+                    Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()), ..Gradients::default() };
                 kernel.backward(&case.problem(), &lse, case.cotangents(), gradients).unwrap();
                 prop_assert!(!truth.judge_d_hidden(d_hidden.matrix(60, 48, case.layout).view()).honest());
             }

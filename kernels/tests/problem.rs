@@ -197,7 +197,7 @@ fn option() {
 #[test]
 fn buffer() {
     let problem = problem(inputs()).unwrap();
-    let short = Gradients { d_hidden: Some(GradientMut::F32(&mut [0.0; 5])), d_unembedding: None };
+    let short = Gradients { d_hidden: Some(GradientMut::F32(&mut [0.0; 5])), ..Gradients::default() };
     let error = Kernel::portable().loss_and_grad(&problem, &[1.0; 3], short).unwrap_err();
     assert_eq!(error.to_string(), "d_hidden has 5 elements, expected 6 (N × D)");
     let error = Kernel::portable().backward(&problem, &[0.0; 2], Cotangents::default(), Gradients::default()).unwrap_err();
@@ -207,7 +207,7 @@ fn buffer() {
 #[test]
 fn gradient_dtype() {
     let problem = problem(inputs()).unwrap();
-    let narrow = Gradients { d_hidden: None, d_unembedding: Some(GradientMut::Bf16(&mut [bf16::ZERO; 8])) };
+    let narrow = Gradients { d_unembedding: Some(GradientMut::Bf16(&mut [bf16::ZERO; 8])), ..Gradients::default() };
     let error = Kernel::portable().loss_and_grad(&problem, &[1.0; 3], narrow).unwrap_err();
     assert_eq!(
         error.to_string(),

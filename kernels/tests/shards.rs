@@ -50,7 +50,7 @@ proptest! {
             let (mut d_hidden, mut d_unembedding) = (Array2::zeros((tokens, d)), Array2::zeros((0, d)));
             for ((case, _), problem) in shards.iter().zip(&problems) {
                 let [mut dq, mut dk] = case.buffers([DType::F32; 2]);
-                let gradients = Gradients { d_hidden: Some(dq.gradient()), d_unembedding: Some(dk.gradient()) };
+                let gradients = Gradients { d_hidden: Some(dq.gradient()), d_unembedding: Some(dk.gradient()), ..Gradients::default() };
                 kernel.backward(problem, &forward.lse, case.cotangents(), gradients).unwrap();
                 d_hidden += &dq.matrix(tokens, d, Layout::Vd);
                 d_unembedding.append(ndarray::Axis(0), dk.matrix(case.shape.vocab, d, case.layout).view()).unwrap();
@@ -158,7 +158,11 @@ fn shards_are_no_whole() {
 
         // A shard of padding has no gradient.
         let (mut dq, mut dk) = ([1.0; 48], [1.0; 40]);
-        let gradients = Gradients { d_hidden: Some(GradientMut::F32(&mut dq)), d_unembedding: Some(GradientMut::F32(&mut dk)) };
+        let gradients = Gradients {
+            d_hidden: Some(GradientMut::F32(&mut dq)),
+            d_unembedding: Some(GradientMut::F32(&mut dk)),
+            ..Gradients::default()
+        };
         kernel
             .backward(&problems[3], &[1.0; 12], Cotangents { loss: Some(&[1.0; 12]), ..Cotangents::default() }, gradients)
             .unwrap();

@@ -37,6 +37,12 @@ pub struct Judge {
     /// Write the report as one self-contained HTML file ('-' for standard output, in place of the table)
     #[arg(long, value_name = "FILE")]
     pub html: Option<Target>,
+    /// Write the report as Markdown for a pull request ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub md: Option<Target>,
+    /// Compare with an earlier report that --json wrote: what is better, worse, the same; which causes are new or gone
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
     /// Judge this step only
     #[arg(long, value_name = "N")]
     pub step: Option<u64>,

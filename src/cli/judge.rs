@@ -7,16 +7,21 @@ use super::progress::Bar;
 use crate::diff::sampling::Sampling;
 use crate::diff::{self, Settings};
 use crate::dump::find_dumps;
+use crate::report::baseline::Baseline;
 use crate::report::model::{Report, Verdict};
-use crate::report::{html, json, terminal};
+use crate::report::text::list;
+use crate::report::{html, json, markdown, terminal};
 use clap::CommandFactory;
 use std::error::Error;
 use std::path::Path;
 
 pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
-    let targets: Vec<&Target> = args.json.iter().chain(&args.html).collect();
-    if targets.iter().filter(|target| ***target == Target::Stdout).count() > 1 {
-        return Err("--json - and --html - both ask for standard output; give one of them a file".into());
+    let asked = [("--json -", &args.json), ("--html -", &args.html), ("--md -", &args.md)];
+    let targets: Vec<&Target> = asked.iter().filter_map(|(_, target)| target.as_ref()).collect();
+    let to_stdout: Vec<&str> =
+        asked.iter().filter(|(_, target)| **target == Some(Target::Stdout)).map(|(option, _)| *option).collect();
+    if to_stdout.len() > 1 {
+        return Err(format!("{} all ask for standard output; give all but one a file", list(&to_stdout)).into());
     }
     targets.iter().try_for_each(|target| target.check())?;
     if let Some(threads) = args.threads {
@@ -25,6 +30,7 @@ pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
     if !args.dumps.exists() {
         return Err(missing(&args.dumps).into());
     }
+    let baseline = args.baseline.as_deref().map(baseline).transpose()?;
     let dumps = find_dumps(&args.dumps)?;
     let alone = dumps.len() == 1 && dumps[0] == args.dumps;
     let sampling = match (args.full, args.sample) {
@@ -39,7 +45,8 @@ pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
     for dump in &dumps {
         let judged = diff::judge(dump, &settings, &Bar::steps(args.quiet));
         match judged {
-            Ok(report) => {
+            Ok(mut report) => {
+                report.baseline = baseline.as_ref().map(|baseline| baseline.compare(&report, alone));
                 if shown {
                     out.print(&text(&report, reports.is_empty(), args.quiet, out))?;
                 }
@@ -58,17 +65,27 @@ pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
     if at_fault > 0 {
         return Err(format!("{at_fault} of {} dumps cannot be judged; no report file is written", dumps.len()).into());
     }
+    let not_judged = baseline.as_ref().filter(|_| !alone).map_or(vec![], |baseline| baseline.not_judged(&reports));
     if shown && !alone && !args.quiet {
-        out.print(&format!("\n{}", terminal::overview(&reports, out.style())))?;
+        out.print(&format!("\n{}", terminal::overview(&reports, &not_judged, out.style())))?;
     }
     if let Some(target) = &args.json {
-        target.write(&if alone { json::one(&reports[0]) } else { json::many(&reports) }, out)?;
+        target.write(&if alone { json::one(&reports[0]) } else { json::many(&reports, &not_judged) }, out)?;
+    }
+    if let Some(target) = &args.md {
+        target.write(&markdown::render(&reports, &not_judged), out)?;
     }
     if let Some(target) = &args.html {
-        target.write(&html::render(&reports), out)?;
+        target.write(&html::render(&reports, &not_judged), out)?;
     }
     let diverges = reports.iter().any(|report| report.verdict == Verdict::Diverge);
     Ok(if diverges { Exit::Diverge } else { Exit::Agree })
+}
+
+fn baseline(path: &Path) -> Result<Baseline, String> {
+    let file = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|e| format!("--baseline {file}: cannot be read: {e}"))?;
+    Baseline::parse(&file, &text)
 }
 
 fn text(report: &Report, first: bool, quiet: bool, out: &Out) -> String {

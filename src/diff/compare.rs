@@ -1,11 +1,13 @@
 //! One tensor against its reference: figures, verdict and the pattern of the error.
 
+use super::pattern::{self, pattern};
+use super::plots::plots;
 use super::truth::{RowsAre, Stage};
-use crate::report::model::{Pattern, TensorReport, Verdict, Worst};
+use crate::report::model::{TensorReport, Verdict, Worst};
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// The ratio to the floor up to which a tensor agrees.
@@ -28,12 +30,28 @@ pub struct Context<'a> {
     pub rows: Option<&'a [usize]>,
     /// How many rows the whole tensor has.
     pub of: usize,
+    /// Which process holds which rows of the whole tensor, in order; empty if that is not known.
+    pub owners: &'a [(Range<usize>, usize)],
 }
 
 impl Context<'_> {
     /// Where row `place` of those compared is in the whole tensor.
-    fn row(&self, place: usize) -> usize {
+    pub(super) fn row(&self, place: usize) -> usize {
         self.rows.map_or(place, |rows| rows[place])
+    }
+
+    /// The process that holds row `place` of those compared.
+    pub(super) fn owner(&self, place: usize) -> Option<usize> {
+        let row = self.row(place);
+        let (range, process) = self.owners.get(self.owners.partition_point(|(range, _)| range.end <= row))?;
+        range.contains(&row).then_some(*process)
+    }
+
+    /// How often each vocab id is a label.
+    pub(super) fn hits(&self) -> BTreeMap<usize, usize> {
+        let mut hits = BTreeMap::new();
+        self.labels.iter().flatten().for_each(|&label| *hits.entry(label).or_insert(0) += 1);
+        hits
     }
 }
 
@@ -65,7 +83,10 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
     } else {
         scaled.map(|alpha| format!("a constant factor of {alpha:.6}, where honest rounding keeps to 1 ± {scale_limit:.1e}"))
     };
-    let pattern = reason.as_ref().map(|_| pattern(context, &rows, alpha, deviation, nonfinite));
+    let pattern = reason.as_ref().map(|_| match nonfinite {
+        0 => pattern(context, &rows, candidate, reference),
+        _ => pattern::nonfinite(context, candidate, reference),
+    });
     TensorReport {
         name: stage.name().into(),
         shape: [reference.nrows(), reference.ncols()],
@@ -84,34 +105,26 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
         nonfinite,
         out_of_bound,
         worst,
-        zero_tail: zero_tail(context, &rows),
+        zero_tail: rows.zero_tail(context),
         sampled_from: context.rows.map(|_| context.of),
         pattern,
+        plots: Some(Box::new(plots(context, &rows, candidate, reference))),
     }
 }
 
-/// See [`TensorReport::zero_tail`]. Rows that are 0 by right (masked tokens) may stand before the first that is not.
-fn zero_tail(context: &Context, rows: &Rows) -> Option<[usize; 2]> {
-    let zero_from = (0..rows.candidate.len()).rev().take_while(|&row| rows.candidate[row] == 0.0).last()?;
-    let silent_from = (0..rows.candidate.len()).find(|&row| rows.silent(row))?;
-    // Rows between two that are compared may be either.
-    let after = zero_from.checked_sub(1).map_or(0, |last| context.row(last) + 1);
-    (zero_from <= silent_from).then(|| [after, context.row(silent_from)])
-}
-
 /// Squared norms and inner products by row, non-finite elements left out.
-struct Rows {
-    deviation: Array1<f64>,
-    reference: Array1<f64>,
-    candidate: Array1<f64>,
-    product: Array1<f64>,
+pub(super) struct Rows {
+    pub deviation: Array1<f64>,
+    pub reference: Array1<f64>,
+    pub candidate: Array1<f64>,
+    pub product: Array1<f64>,
 }
 
 impl Rows {
     fn new(candidate: ArrayView2<f64>, reference: ArrayView2<f64>) -> Self {
         let sum = |term: fn(f64, f64) -> f64| -> Array1<f64> {
             let row = |(c, r): (ArrayView1<f64>, ArrayView1<f64>)| {
-                c.iter().zip(r).filter(|(c, _)| c.is_finite()).map(|(&c, &r)| term(c, r)).sum()
+                c.iter().zip(r).filter(|(c, r)| c.is_finite() && r.is_finite()).map(|(&c, &r)| term(c, r)).sum()
             };
             candidate.outer_iter().zip(reference.outer_iter()).map(row).collect()
         };
@@ -124,12 +137,21 @@ impl Rows {
     }
 
     /// Whether the candidate has nothing in a row where the reference has something.
-    fn silent(&self, row: usize) -> bool {
+    pub fn silent(&self, row: usize) -> bool {
         self.candidate[row] == 0.0 && self.reference[row] > 0.0
     }
 
+    /// See [`TensorReport::zero_tail`]. Rows that are 0 by right (masked tokens) may stand before the first that is not.
+    pub fn zero_tail(&self, context: &Context) -> Option<[usize; 2]> {
+        let zero_from = (0..self.candidate.len()).rev().take_while(|&row| self.candidate[row] == 0.0).last()?;
+        let silent_from = (0..self.candidate.len()).find(|&row| self.silent(row))?;
+        // Rows between two that are compared may be either.
+        let after = zero_from.checked_sub(1).map_or(0, |last| context.row(last) + 1);
+        (zero_from <= silent_from).then(|| [after, context.row(silent_from)])
+    }
+
     /// ‖candidate − α·reference‖² by row.
-    fn residual(&self, alpha: f64) -> Array1<f64> {
+    pub fn residual(&self, alpha: f64) -> Array1<f64> {
         (&self.candidate - 2.0 * alpha * &self.product + alpha * alpha * &self.reference).mapv_into(|x| x.max(0.0))
     }
 }
@@ -145,7 +167,8 @@ fn ratio_limit(tolerance: &Tolerance, rows: Range<usize>) -> f64 {
 /// equal values is no noise); final roundings are independent.
 fn scale_limit(tolerance: &Tolerance, rows: &Rows, ratio_limit: f64) -> f64 {
     let norm = rows.reference.sum();
-    if norm == 0.0 {
+    // What float32 flushes to 0 says nothing of a factor.
+    if norm < f64::from(f32::MIN_POSITIVE).powi(2) {
         return f64::INFINITY;
     }
     let (before, rounding) = tolerance.projected(rows.reference.iter().copied());
@@ -157,8 +180,8 @@ fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2
     let mut worst: Option<(f64, [usize; 2])> = None;
     for ((row, column), &c) in candidate.indexed_iter() {
         let r = reference[[row, column]];
-        if !c.is_finite() {
-            nonfinite += usize::from(r.is_finite());
+        if !(c.is_finite() && r.is_finite()) {
+            nonfinite += 1;
             continue;
         }
         let deviation = (c - r).abs();
@@ -178,7 +201,8 @@ fn elements(context: &Context, candidate: ArrayView2<f64>, reference: ArrayView2
     (worst, out_of_bound, nonfinite)
 }
 
-fn place(context: &Context, [row, column]: [usize; 2]) -> String {
+/// An element in words.
+pub(super) fn place(context: &Context, [row, column]: [usize; 2]) -> String {
     let row = match context.stage.rows_are() {
         RowsAre::VocabIds => format!("vocab id {row}"),
         RowsAre::Tokens => match context.labels.get(row).copied().flatten() {
@@ -197,7 +221,7 @@ fn ulp_p99(precision: Precision, candidate: ArrayView2<f64>, reference: ArrayVie
     let mut ulps: Vec<f64> = candidate
         .iter()
         .zip(reference)
-        .filter(|(c, _)| c.is_finite())
+        .filter(|(c, r)| c.is_finite() && r.is_finite())
         .map(|(&c, &r)| (c - r).abs() / ulp(precision, r))
         .collect();
     if ulps.is_empty() {
@@ -212,82 +236,6 @@ fn ulp(precision: Precision, x: f64) -> f64 {
     let smallest_exponent = if precision == Precision::F16 { -14.0 } else { -126.0 };
     let exponent = if x == 0.0 { smallest_exponent } else { x.abs().log2().floor().max(smallest_exponent) };
     2.0 * precision.unit_roundoff() * exponent.exp2()
-}
-
-/// A share of the squared error that counts as all of it.
-const NEARLY_ALL: f64 = 0.98;
-
-fn pattern(context: &Context, rows: &Rows, alpha: Option<f64>, deviation: f64, nonfinite: usize) -> Pattern {
-    let kind = |kind: &str| Pattern { kind: kind.into(), ..Pattern::default() };
-    if nonfinite > 0 {
-        return kind("nonfinite");
-    }
-    let total = rows.deviation.sum();
-    if let Some(alpha) = alpha {
-        let residual = rows.residual(alpha).sum();
-        let share = 1.0 - residual / total;
-        if share > NEARLY_ALL {
-            return Pattern { share, alpha: Some(alpha), ..kind("scale") };
-        }
-    }
-    let zero: Vec<usize> = (0..rows.deviation.len()).filter(|&row| rows.silent(row)).collect();
-    let share_of = |set: &[usize]| set.iter().map(|&row| rows.deviation[row]).sum::<f64>() / total;
-    if share_of(&zero) > 0.5 {
-        let first_bad = zero_tail(context, rows).map(|[from, _]| from);
-        return Pattern { share: share_of(&zero), rows: shown(context, &zero), first_bad, ..kind("zero_rows") };
-    }
-    let per_row: Array1<f64> =
-        rows.reference.iter().zip(&rows.product).map(|(r, p)| if *r > 0.0 { p / r } else { 1.0 }).collect();
-    let row_residual: f64 = (0..per_row.len()).map(|row| (rows.candidate[row] - per_row[row] * rows.product[row]).max(0.0)).sum();
-    let noise = deviation * deviation;
-    if 1.0 - row_residual / noise > NEARLY_ALL {
-        return Pattern { share: 1.0 - row_residual / noise, ..kind("row_scale") };
-    }
-    if context.stage.rows_are() == RowsAre::VocabIds {
-        let labels: BTreeSet<usize> = context.labels.iter().flatten().copied().collect();
-        let label_rows: Vec<usize> = (0..rows.deviation.len()).filter(|&row| labels.contains(&context.row(row))).collect();
-        let share = share_of(&label_rows);
-        if share > 0.9 && label_rows.len() * 2 < rows.deviation.len() {
-            return Pattern { share, rows: shown(context, &label_rows), ..kind("label_rows") };
-        }
-    }
-    let bad = rows_that_hold(&rows.deviation, NEARLY_ALL);
-    if bad.len() * 4 < rows.deviation.len() {
-        return Pattern { share: share_of(&bad), rows: shown(context, &bad), ..kind("rows") };
-    }
-    Pattern { share: 1.0, ..kind("uniform") }
-}
-
-/// Row ranges that a report lists at most.
-const MAX_RANGES: usize = 16;
-
-/// The fewest rows that hold a share of the total, in order.
-fn rows_that_hold(deviation: &Array1<f64>, share: f64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..deviation.len()).collect();
-    order.sort_by(|&a, &b| deviation[b].total_cmp(&deviation[a]));
-    let wanted = share * deviation.sum();
-    let mut held = 0.0;
-    let mut count = 0;
-    while count < order.len() && held < wanted {
-        held += deviation[order[count]];
-        count += 1;
-    }
-    order.truncate(count);
-    order.sort_unstable();
-    order
-}
-
-/// Sorted rows as [start, end) ranges of the whole tensor's, as many as a report lists.
-fn shown(context: &Context, rows: &[usize]) -> Vec<[usize; 2]> {
-    let mut out: Vec<[usize; 2]> = Vec::new();
-    for row in rows.iter().map(|&row| context.row(row)) {
-        match out.last_mut() {
-            Some(last) if last[1] == row => last[1] += 1,
-            _ => out.push([row, row + 1]),
-        }
-    }
-    out.truncate(MAX_RANGES);
-    out
 }
 
 /// The wanted rows (`None`: all) of a tensor of this shape, whose element `i` in memory is `element(i)`; `transposed` if it lies

@@ -86,7 +86,7 @@ impl Run<'_> {
     /// Adds this microbatch's share of the step's dK to `total`, as training does it.
     fn accumulate(&self, factor: f64, total: &mut [f32]) -> Result<(), ProblemError> {
         let d_unembedding = Some(GradientMut::Accumulate(total));
-        self.kernel.loss_and_grad(self.problem, &self.cotangents(factor), Gradients { d_hidden: None, d_unembedding })?;
+        self.kernel.loss_and_grad(self.problem, &self.cotangents(factor), Gradients { d_unembedding, ..Gradients::default() })?;
         Ok(())
     }
 
@@ -96,7 +96,7 @@ impl Run<'_> {
 }
 
 fn gradients<'a>(dq: &'a mut [f32], dk: &'a mut [f32]) -> Gradients<'a> {
-    Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)) }
+    Gradients { d_hidden: Some(GradientMut::F32(dq)), d_unembedding: Some(GradientMut::F32(dk)), ..Gradients::default() }
 }
 
 fn values(data: &[f32], stage: Stage, problem: &Problem, truth: &Truth) -> Values {

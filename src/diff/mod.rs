@@ -7,15 +7,20 @@
 
 pub mod candidate;
 pub mod compare;
-pub mod counterfactual;
 mod cpu;
+mod crossing;
 mod error;
 pub mod explain;
 pub mod fault;
-pub mod hypotheses;
+mod owners;
+mod pattern;
+mod plots;
 mod recorded;
+pub mod replay;
 pub mod sampling;
+pub mod step;
 pub mod synth;
+mod tiling;
 pub mod truth;
 
 pub use error::DiffError;
@@ -25,16 +30,21 @@ use crate::report::model::{
     AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
     SampleReport, TensorReport, Verdict,
 };
+use crate::report::plots::{Crossing, Presence};
 use candidate::Produced;
 use compare::{Context, compare};
-use counterfactual::{Microbatch, Step};
+use explain::Tolerances;
 use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Floor, Tolerance};
 use fused_xent_kernels::problem::{Label, Sample};
+use ndarray::{Array2, Axis};
 use sampling::Sampling;
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
+use step::{Microbatch, Step};
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
 
 /// What to judge.
@@ -129,6 +139,7 @@ pub fn judge(path: &Path, settings: &Settings, progress: &dyn Progress) -> Resul
         },
         candidates,
         warnings,
+        baseline: None,
     })
 }
 
@@ -152,12 +163,15 @@ fn judge_step(
         .iter()
         .map(|(index, l)| {
             let targets = l.targets.targets().map_or(vec![], |t| (0..t.len()).map(|n| t.get(n)).collect());
-            Ok(Microbatch { problem: l.problem()?, targets, index: *index })
+            // Where it cannot be read, judging what was recorded says so.
+            let recorded_lse = dumped.folder(*index)?.load("lse").ok().flatten().map(|lse| lse.tensor.to_f64());
+            Ok(Microbatch { problem: l.problem()?, targets, recorded_lse, index: *index })
         })
         .collect::<Result<Vec<_>, DiffError>>()?;
     let step = Step {
         microbatches,
         num_microbatches: dumped.num_microbatches,
+        processes: run.process_count,
         reduction: dumped.loss.reduction,
         own_carries_step_factor: dumped.loss.microbatch_gradients == MicrobatchGradients::Step,
     };
@@ -188,7 +202,8 @@ fn judge_step(
         progress.advance(1);
     }
     let over_step = whole && judged.len() == loaded.len();
-    let view = View { step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
+    let presence = presence(run, dumped);
+    let view = View { dumped, presence, step: &step, truths: &truths, judged: &judged, over_step, number: dumped.step, progress };
     let mut produced = Vec::new();
     let candidates = match &settings.candidates[..] {
         [] => &[Candidate::Recorded, Candidate::Cpu(Kernel::from_environment()?)],
@@ -213,6 +228,10 @@ fn problem_error(step: u64, microbatch: usize, source: fused_xent_kernels::probl
 
 /// One step with its truth.
 struct View<'a> {
+    /// Which process wrote what.
+    dumped: &'a dump::Step,
+    /// Which processes committed which microbatches.
+    presence: Presence,
     step: &'a Step<'a>,
     truths: &'a [Option<Truth>],
     /// Places in `step.microbatches` that are judged.
@@ -236,42 +255,58 @@ impl View<'_> {
     /// Judges a candidate under the strictest of its contracts under which it agrees.
     ///
     /// Where none fits, it is judged under the strictest that its dQ fits. A kernel that rounds dlogits shows it in dQ and in
-    /// dK: a contract whose floor one of them stays far below, in every microbatch, is not the one that it keeps.
+    /// dK: a contract whose floor one of them stays far below in every microbatch, since it is at the floor of the strictest
+    /// contract, is not the one that it keeps.
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
-        let mut chosen: Option<CandidateReport> = None;
+        let mut chosen: Option<(CandidateReport, Tolerances)> = None;
+        let mut at_the_strictest: Option<Vec<Stage>> = None;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
-            let compared = self.compare(run_id, produced, contract)?;
+            let (compared, tolerances) = self.compare(run_id, produced, contract)?;
             self.progress.advance(1);
-            let far_below = |stage| reports(&compared, stage).is_some_and(|mut tensors| tensors.all(|t| t.ratio < FAR_BELOW));
-            if chosen.is_some() && (far_below(Stage::DHidden) || far_below(Stage::DUnembedding)) {
-                continue;
-            }
-            if compared.verdict == Verdict::Agree {
+            let all = |report: &CandidateReport, stage, is: fn(&TensorReport) -> bool| {
+                reports(report, stage).is_some_and(|mut tensors| tensors.all(is))
+            };
+            let agrees = |report: &CandidateReport, stage| all(report, stage, |t| t.verdict == Verdict::Agree);
+            let gradients = [Stage::DHidden, Stage::DUnembedding];
+            let strict =
+                at_the_strictest.get_or_insert_with(|| gradients.into_iter().filter(|&stage| agrees(&compared, stage)).collect());
+            let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
+            if compared.verdict == Verdict::Agree && !strict.iter().any(far_below) {
                 return Ok(compared);
             }
-            let fits =
-                |report| reports(report, Stage::DHidden).is_some_and(|mut tensors| tensors.all(|t| t.verdict == Verdict::Agree));
-            if !chosen.as_ref().is_some_and(fits) {
-                chosen = Some(compared);
+            if gradients.iter().any(far_below) {
+                continue;
+            }
+            if !chosen.as_ref().is_some_and(|(report, _)| agrees(report, Stage::DHidden)) {
+                chosen = Some((compared, tolerances));
             }
         }
-        let mut report = chosen.expect("every candidate has a contract");
+        let (mut report, tolerances) = chosen.expect("every candidate has a contract");
         let case = explain::Case {
             step: self.step,
             judged: self.judged,
+            truths: self.truths,
             produced,
+            tolerances: &tolerances,
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
-        report.findings = if report.sample.is_some() { case.unexplained() } else { case.explain(self.progress) };
+        report.findings = case.explain(self.progress);
+        report.crossing = self.crossing(produced, &report);
         Ok(report)
     }
 
-    fn compare(&self, run_id: &str, produced: &Produced, contract: &Contract) -> Result<CandidateReport, DiffError> {
+    fn compare(
+        &self,
+        run_id: &str,
+        produced: &Produced,
+        contract: &Contract,
+    ) -> Result<(CandidateReport, Tolerances), DiffError> {
         let floors = self.floors(contract)?;
         let mut total: Option<Accumulated> = None;
         let mut microbatches = Vec::new();
+        let mut tolerances = Tolerances::default();
         let mut all_labels = Vec::new();
         for ((&m, floor), stages) in self.judged.iter().zip(&floors).zip(&produced.microbatches) {
             let problem = &self.step.microbatches[m].problem;
@@ -281,15 +316,21 @@ impl View<'_> {
                 .map(|l| if let Label::Column(label) = l { Some(*label as usize) } else { None })
                 .collect();
             let outcome = &self.truth(m).outcome;
+            let mut tolerated = BTreeMap::new();
             let tensors = stages
                 .iter()
                 .map(|(&stage, values)| {
                     let reference = outcome.stage(stage);
                     let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
-                    let context = self.context(m, stage, values.precision, &tolerance, &labels);
-                    compare(&context, values.values.view(), reference.view())
+                    let owners = owners::owners(self.dumped, self.step.microbatches[m].index, stage);
+                    let context = self.context(m, stage, values.precision, &tolerance, &labels, &owners);
+                    let mut tensor = compare(&context, values.values.view(), reference.view());
+                    pattern::blame_input(&mut tensor, std::iter::once(problem));
+                    tolerated.insert(stage, tolerance);
+                    tensor
                 })
                 .collect();
+            tolerances.microbatches.push(tolerated);
             if produced.accumulated.is_some() {
                 Accumulated::add(&mut total, self.step, m, &outcome.stage(Stage::DUnembedding), &floor.unembedding.sum);
             }
@@ -301,17 +342,26 @@ impl View<'_> {
             });
             all_labels.extend(labels);
         }
+        pattern::over_microbatches(&mut microbatches);
         let accumulated = produced.accumulated.as_ref().zip(total).map(|(values, total)| {
             let tolerance = total.tolerance(values.precision);
             let stage = Stage::AccumulatedDUnembedding;
-            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels);
-            let tensor = compare(&context, values.values.view(), total.value.view());
+            let owners = owners::owners(self.dumped, self.step.microbatches[self.judged[0]].index, stage);
+            let context = self.context(self.judged[0], stage, values.precision, &tolerance, &all_labels, &owners);
+            let mut tensor = compare(&context, values.values.view(), total.value.view());
+            pattern::blame_input(&mut tensor, self.judged.iter().map(|&m| &self.step.microbatches[m].problem));
+            if tensor.pattern.is_some() {
+                let rows = pattern::some_rows(values.values.nrows());
+                let parts: Vec<_> = self.judged.iter().map(|&m| self.share_of_step(m, &rows)).collect();
+                pattern::factors_of_microbatches(&mut tensor, &tolerance, values.values.view(), &rows, &parts);
+            }
             let grad_norm = context.rows.is_none().then(|| grad_norm(values, &total, &tolerance));
+            tolerances.accumulated = Some((tolerance, total.value));
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
         let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
         let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
-        Ok(CandidateReport {
+        let report = CandidateReport {
             candidate: produced.name.clone(),
             description: produced.description.clone(),
             run_id: run_id.into(),
@@ -329,7 +379,30 @@ impl View<'_> {
             accumulated,
             first_divergence,
             findings: vec![],
-        })
+            crossing: None,
+            presence: self.presence.clone(),
+        };
+        Ok((report, tolerances))
+    }
+
+    /// Where in the logits the worst of the gradients' errors comes from.
+    fn crossing(&self, produced: &Produced, report: &CandidateReport) -> Option<Crossing> {
+        let gradients = [Stage::DHidden, Stage::DUnembedding];
+        let tensor = |place: usize, stage: Stage| report.microbatches[place].tensors.iter().find(|t| t.name == stage.name());
+        let badness = |place: usize| {
+            let bad = gradients.iter().filter_map(|&stage| tensor(place, stage)).filter(|t| t.verdict == Verdict::Diverge);
+            bad.map(|t| if t.nonfinite == 0 { t.ratio } else { f64::NAN }).reduce(f64::max)
+        };
+        let places = (0..self.judged.len()).filter_map(|place| Some((place, badness(place).filter(|bad| bad.is_finite())?)));
+        let (place, _) = places.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        let (m, stages) = (self.judged[place], &produced.microbatches[place]);
+        let floors = gradients.map(|stage| tensor(place, stage).and_then(|t| t.noise_floor));
+        self.truth(m).sample.is_none().then(|| crossing::crossing(self.step, m, self.truth(m), stages, floors))
+    }
+
+    /// What microbatch `m` adds to these rows of the accumulated dK.
+    fn share_of_step(&self, m: usize, rows: &[usize]) -> Array2<f64> {
+        self.truth(m).outcome.stage(Stage::DUnembedding).select(Axis(0), rows) * self.step.accumulation_factor()
     }
 
     fn context<'a>(
@@ -339,10 +412,11 @@ impl View<'_> {
         precision: Precision,
         tolerance: &'a Tolerance,
         labels: &'a [Option<usize>],
+        owners: &'a [(Range<usize>, usize)],
     ) -> Context<'a> {
         let shape = self.step.microbatches[m].problem.shape();
         let of = if stage.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
-        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of }
+        Context { stage, precision, tolerance, labels, rows: self.truth(m).rows(stage), of, owners }
     }
 
     fn sample(&self) -> Option<SampleReport> {
@@ -350,6 +424,13 @@ impl View<'_> {
         let most = |rows: fn(&Sample) -> &[usize]| samples().map(|sample| rows(sample).len()).max();
         Some(SampleReport { token_rows: most(Sample::tokens)?, vocab_rows: most(Sample::ids)? })
     }
+}
+
+fn presence(run: &Run, dumped: &dump::Step) -> Presence {
+    let torn = dumped.incomplete.iter().filter_map(|lack| lack.microbatch).zip(&dumped.torn);
+    let folders = dumped.microbatches.iter().map(|(&m, folder)| (m, folder)).chain(torn);
+    let absent = folders.flat_map(|(m, folder)| folder.absent().map(move |process| [process, m])).collect();
+    Presence { processes: run.process_count, microbatches: dumped.num_microbatches, absent }
 }
 
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.

@@ -1,7 +1,7 @@
 //! Which rows of dQ and dK are judged: all, or, of a step too large for that, some that are chosen to tell.
 
-use super::counterfactual::Step;
-use super::hypotheses::TILES;
+use super::explain::TILES;
+use super::step::Step;
 use fused_xent_kernels::problem::{Label, Problem, Sample, Shape};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;

@@ -1,7 +1,8 @@
 //! Dumps made to order: chosen shape, logit regime and loss, with recorded gradients that carry a named fault, or none.
 
-use super::counterfactual::{Counterfactual, Microbatch, Outcome, Step, Wanted};
 use super::fault::Fault;
+use super::replay::{Counterfactual, Outcome, Wanted};
+use super::step::{Microbatch, Step};
 use super::truth::Stage;
 use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
@@ -105,9 +106,12 @@ impl SynthOptions {
             Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => options.logit_softcap = Some(8.0),
             Fault::ZlossGradientMissing => options.z_loss = 1e-3,
             Fault::LabelSmoothingIgnored => options.label_smoothing = 0.1,
-            Fault::LogitScaleIgnored => options.logit_scale = 0.5,
+            Fault::LogitScaleIgnored | Fault::LogitScaleIgnoredInLogits => options.logit_scale = 0.5,
             Fault::MeanOfMeans => self.loss.reduction.microbatches = Microbatches::Global,
-            Fault::DqCotangentMissing { .. } | Fault::DkCotangentMissing { .. } => self.loss.reduction.cotangent = 0.125,
+            Fault::DqCotangentMissing { .. }
+            | Fault::DkCotangentMissing { .. }
+            | Fault::DqCotangentMissingAll
+            | Fault::DkCotangentMissingAll => self.loss.reduction.cotangent = 0.125,
             Fault::TokenWeightsIgnored | Fault::FirstCotangentForAll => self.weights = true,
             Fault::TokenTailDropped { tile } => self.tokens = with_tail(self.tokens, tile),
             Fault::VocabTailDropped { tile } => self.vocab = with_tail(self.vocab, tile),
@@ -218,12 +222,13 @@ impl Made {
                 };
                 let problem = Problem::new(inputs, options.loss.options)
                     .map_err(|source| DiffError::Problem { place: "synth".into(), source })?;
-                Ok(Microbatch { problem, targets: made.targets.iter().map(|&t| t.into()).collect(), index })
+                Ok(Microbatch { problem, targets: made.targets.iter().map(|&t| t.into()).collect(), recorded_lse: None, index })
             })
             .collect::<Result<_, DiffError>>()?;
         Ok(Step {
             microbatches,
             num_microbatches: options.microbatches,
+            processes: options.processes,
             reduction: options.loss.reduction,
             own_carries_step_factor: options.loss.microbatch_gradients == MicrobatchGradients::Step,
         })

@@ -1,6 +1,7 @@
 //! The reference of a microbatch and of a step: exact values, stage by stage, and the floors they are judged by.
 
-use super::counterfactual::{Counterfactual, Outcome, Step};
+use super::replay::{Counterfactual, Outcome};
+use super::step::Step;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Error, Floor, LogitFloor, Tolerance};
 use fused_xent_kernels::problem::{ProblemError, Sample};

@@ -1,46 +1,18 @@
 //! The report as one self-contained HTML file: no script, nothing fetched, light and dark by the reader's preference.
 
-use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict};
-use super::summary::{self, Rung};
+use super::baseline::{self, Change, Comparison};
+use super::figures::{self, Tile};
+use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict, Worst};
+use super::summary::{self, Cell, Rung};
 use super::text::{scientific, value};
 use std::fmt::Write;
 
-const HEAD: &str = r#"<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>xent-diff report</title>
-<style>
-:root { color-scheme: light dark; --paper: #fbfaf8; --card: #fff; --ink: #1d2129; --soft: #69707d; --line: #e4e2dd; --bad: #c2331f; --good: #2c7a4b; --wash: #fbeeeb; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15171b; --card: #1d2026; --ink: #e6e7ea; --soft: #979ca8; --line: #2f333b; --bad: #ff7b66; --good: #6cc793; --wash: #33211f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; line-height: 1.4; font-weight: 600; margin: 0 0 .75rem; border-left: .3rem solid; padding-left: .9rem; }
-section + h1, ul + h1 { margin-top: 3rem; } ul { list-style: none; padding: 0; } a { color: inherit; }
-h2 { font-size: 1.1rem; margin: 0; } h3 { font-size: 1rem; margin: 0 0 .4rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1.1rem 1.3rem; margin: 1.2rem 0; }
-article { border-top: 1px solid var(--line); margin-top: 1.1rem; padding-top: 1rem; }
-.agree { color: var(--good); } .diverge { color: var(--bad); } .soft { color: var(--soft); }
-.scroll { overflow-x: auto; } p { margin: .3rem 0; }
-table { border-collapse: collapse; width: 100%; margin: .9rem 0 .3rem; font-variant-numeric: tabular-nums; }
-th { font-weight: 500; color: var(--soft); font-size: .85rem; } th, td { text-align: left; padding: .22rem .7rem .22rem 0; white-space: nowrap; }
-tbody tr { border-top: 1px solid var(--line); } .number { text-align: right; } tr.first { background: var(--wash); } tr.after { opacity: .55; }
-code, .stage { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em; }
-pre { background: var(--paper); border: 1px solid var(--line); border-radius: .35rem; padding: .6rem .8rem; overflow-x: auto; margin: .4rem 0 0; }
-dl { display: grid; grid-template-columns: 7rem 1fr; gap: .2rem .8rem; margin: 0; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-.tag { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .6rem; font-size: .82rem; font-weight: 500; }
-svg { display: block; } svg .bar { fill: var(--bad); } svg .floor { fill: var(--good); } svg line { stroke: var(--line); } svg text { fill: var(--soft); font-size: 10px; }
-</style>
-</head>
-<body>
-"#;
-
-/// Width of the bars, and of a factor of ten in them, in px.
-const WIDTH: f64 = 320.0;
-const DECADE: f64 = 40.0;
+const HEAD: &str = concat!(
+    "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n",
+    "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>xent-diff report</title>\n<style>\n",
+    include_str!("page.css"),
+    "</style>\n</head>\n<body>\n"
+);
 
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -70,11 +42,11 @@ fn mark(verdict: Verdict) -> String {
     format!("<span class=\"{}\">{sign}</span>", class(verdict))
 }
 
-/// The page that shows `reports`, one after the other.
-pub fn render(reports: &[Report]) -> String {
+/// The page that shows `reports`, one after the other; `not_judged` are the dumps that only a baseline has.
+pub fn render(reports: &[Report], not_judged: &[&str]) -> String {
     let mut out = HEAD.to_owned();
-    if reports.len() > 1 {
-        overview(&mut out, reports).expect("writing to a string does not fail");
+    if reports.len() > 1 || !not_judged.is_empty() {
+        overview(&mut out, reports, not_judged).expect("writing to a string does not fail");
     }
     for (place, report) in reports.iter().enumerate() {
         page(&mut out, report, place).expect("writing to a string does not fail");
@@ -83,12 +55,15 @@ pub fn render(reports: &[Report]) -> String {
 }
 
 /// Which of several dumps diverge, with links to each.
-fn overview(out: &mut String, reports: &[Report]) -> std::fmt::Result {
+fn overview(out: &mut String, reports: &[Report], not_judged: &[&str]) -> std::fmt::Result {
     let worst = reports.iter().map(|report| report.verdict).max().unwrap_or(Verdict::Agree);
     writeln!(out, "<h1 class=\"{}\">{}</h1>\n<ul>", class(worst), summary::how_many(reports))?;
     for (place, report) in reports.iter().enumerate() {
         let (mark, path, causes) = (mark(report.verdict), escape(&report.dump.path), escape(&summary::causes(report)));
         writeln!(out, "<li>{mark} <a href=\"#dump-{place}\"><code>{path}</code></a> <span class=\"soft\">{causes}</span></li>")?;
+    }
+    for path in not_judged {
+        writeln!(out, "<li class=\"soft\"><code>{}</code> not judged any more</li>", escape(path))?;
     }
     writeln!(out, "</ul>")
 }
@@ -96,7 +71,12 @@ fn overview(out: &mut String, reports: &[Report]) -> std::fmt::Result {
 fn page(out: &mut String, report: &Report, place: usize) -> std::fmt::Result {
     let dump = &report.dump;
     let unbroken = summary::headline(report).replace("e-", "e-\u{2060}");
-    writeln!(out, "<h1 id=\"dump-{place}\" class=\"{}\">{}</h1>", class(report.verdict), escape(&unbroken))?;
+    let word = match report.verdict {
+        Verdict::Agree => "✓ agrees",
+        Verdict::Diverge => "✗ diverges",
+    };
+    let (class, headline) = (class(report.verdict), escape(&unbroken));
+    writeln!(out, "<h1 id=\"dump-{place}\" class=\"{class}\"><small>{word}</small> <span>{headline}</span></h1>")?;
     writeln!(out, "<p class=\"soft\"><code>{}</code> · {}</p>", escape(&dump.path), escape(&summary::contents(report)))?;
     for folder in &dump.interrupted {
         writeln!(out, "<p class=\"soft\">Interrupted capture, skipped: <code>{}</code></p>", escape(folder))?;
@@ -104,10 +84,26 @@ fn page(out: &mut String, report: &Report, place: usize) -> std::fmt::Result {
     for warning in &report.warnings {
         writeln!(out, "<p class=\"soft\">Warning: {}</p>", escape(warning))?;
     }
+    if let Some(comparison) = &report.baseline {
+        baseline(out, comparison)?;
+    }
     for candidate in &report.candidates {
         section(out, report, candidate)?;
     }
     Ok(())
+}
+
+fn baseline(out: &mut String, comparison: &Comparison) -> std::fmt::Result {
+    writeln!(out, "<section>\n<h2>Baseline</h2>\n<p>{}</p>\n<ul>", escape(&baseline::sentence(comparison)))?;
+    let (lines, more) = baseline::lines(comparison);
+    for (change, line) in lines {
+        let class = if change == Change::Worse { "diverge" } else { "agree" };
+        writeln!(out, "<li><span class=\"{class}\">{}</span> {}</li>", baseline::word(change), escape(&line))?;
+    }
+    if more > 0 {
+        writeln!(out, "<li class=\"soft\">and {more} more</li>")?;
+    }
+    writeln!(out, "</ul>\n</section>")
 }
 
 fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> std::fmt::Result {
@@ -115,32 +111,133 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> st
     writeln!(out, "<section>\n<h2>{} {}</h2>", mark(candidate.verdict), escape(&summary::title(report, candidate)))?;
     writeln!(out, "<p class=\"soft\">{}<br>{}</p>", escape(&summary::computed(candidate)), escape(&summary::tokens(candidate)))?;
     ladder(out, candidate, &rungs)?;
-    if candidate.verdict == Verdict::Diverge {
-        if let Some(observation) = summary::observation(candidate, &rungs) {
-            writeln!(out, "<p>{}</p>", escape(&observation))?;
+    let figures = figures(candidate, &rungs);
+    if candidate.verdict == Verdict::Agree {
+        if !figures.is_empty() {
+            writeln!(out, "<details><summary>How close: figures</summary><div class=\"figures\">\n{figures}</div></details>")?;
         }
-        for finding in &candidate.findings {
-            article(out, finding)?;
-        }
-        worst_elements(out, &rungs)?;
-        let command = escape(&summary::command(report, candidate));
-        writeln!(out, "<article><h3>To reproduce</h3><pre><code>{command}</code></pre></article>")?;
+        return writeln!(out, "</section>");
     }
-    writeln!(out, "</section>")
+    if let Some(observation) = summary::observation(candidate, &rungs) {
+        writeln!(out, "<p>{}</p>", escape(&observation))?;
+    }
+    for finding in &candidate.findings {
+        article(out, finding)?;
+    }
+    if !figures.is_empty() {
+        writeln!(out, "<article><h3>Where it lies</h3><div class=\"figures\">\n{figures}</div></article>")?;
+    }
+    worst_elements(out, &rungs)?;
+    let command = escape(&summary::command(report, candidate));
+    writeln!(out, "<article><h3>To reproduce</h3><pre><code>{command}</code></pre></article>\n</section>")
+}
+
+/// What is drawn of a candidate: the stages that tell most, where in the logits it comes from, processes and microbatches.
+fn figures(candidate: &CandidateReport, rungs: &[Rung]) -> String {
+    let mut out = String::new();
+    let first = candidate.first_divergence.as_ref().map(|first| first.stage.as_str());
+    let dk = ["d_unembedding", "accumulated_d_unembedding"].into_iter().find(|dk| rungs.iter().any(|rung| rung.stage == *dk));
+    let mut stages: Vec<&str> = Vec::new();
+    for stage in [first, Some("d_hidden"), dk].into_iter().flatten() {
+        if !stages.contains(&stage) {
+            stages.push(stage);
+        }
+    }
+    let drawn: Vec<(String, Cell)> = stages
+        .iter()
+        .filter_map(|stage| rungs.iter().find(|rung| rung.stage == *stage))
+        .map(|rung| (rung, rung.worst()))
+        .map(|(rung, cell)| (escape(&format!("{}{}.", rung.stage, at(&cell, " of microbatch "))), cell))
+        .collect();
+    for (what, Cell { tensor, .. }) in &drawn {
+        let Some(plots) = &tensor.plots else { continue };
+        let rows = if plots.hits.is_empty() { "token" } else { "vocab id" };
+        out += &figures::profile(&plots.profile, tensor.ratio_limit, tensor.verdict == Verdict::Diverge, what, rows);
+    }
+    if let Some(crossing) = &candidate.crossing {
+        for map in &crossing.maps {
+            out += &figures::crossing(crossing, map, &format!("{} by tiles of the logits.", map.stage));
+        }
+        if !crossing.maps.is_empty() {
+            out += &figures::legend();
+        }
+    }
+    for (what, Cell { tensor, .. }) in &drawn {
+        let Some(plots) = &tensor.plots else { continue };
+        if tensor.shape[1] > 1 {
+            out += &figures::magnitude(&plots.magnitude, what);
+        }
+        if !plots.hits.is_empty() {
+            out += &figures::hits(&plots.hits, tensor.verdict == Verdict::Diverge, what);
+        }
+    }
+    out + &grids(candidate, rungs)
+}
+
+/// Stages by microbatches where there are several, and processes by microbatches.
+fn grids(candidate: &CandidateReport, rungs: &[Rung]) -> String {
+    let presence = &candidate.presence;
+    let judged: Vec<usize> = candidate.microbatches.iter().map(|m| m.microbatch).collect();
+    let mut microbatches: Vec<usize> = (0..presence.microbatches).chain(judged.iter().copied()).collect();
+    microbatches.sort_unstable();
+    microbatches.dedup();
+    let mut out = String::new();
+    if judged.len() > 1 {
+        let line = |rung: &Rung| {
+            let cell = |m: &usize| {
+                rung.cells.iter().find(|cell| cell.microbatch == Some(*m)).map(|cell| Tile::Ratio(ratio(cell.tensor)))
+            };
+            (escape(&rung.stage), judged.iter().map(|m| cell(m).unwrap_or(Tile::Nothing)).collect())
+        };
+        let lines: Vec<_> =
+            rungs.iter().filter(|rung| rung.cells.iter().any(|cell| cell.microbatch.is_some())).map(line).collect();
+        out += &figures::grid("Stages by microbatches:", "error over the floor.", &lines, &judged);
+    }
+    if presence.processes > 1 {
+        let held = |process: usize, m: usize| {
+            let tensors = candidate.microbatches.iter().filter(|own| own.microbatch == m).flat_map(|own| &own.tensors);
+            let cells = tensors.filter_map(|t| t.plots.as_ref()).flat_map(|plots| &plots.processes);
+            cells.filter(|cell| cell.process == process).map(|cell| cell.ratio).reduce(f64::max)
+        };
+        let tile = |process: usize, m: usize| match held(process, m) {
+            _ if presence.absent.contains(&[process, m]) => Tile::Absent,
+            Some(ratio) => Tile::Ratio(ratio),
+            None => Tile::Nothing,
+        };
+        let line =
+            |process: usize| (format!("process {process}"), microbatches.iter().map(|&m| tile(process, m)).collect::<Vec<_>>());
+        let shown = presence.processes.min(MOST_PROCESSES);
+        let lines: Vec<_> = (0..shown).map(line).collect();
+        let rest =
+            if shown < presence.processes { format!(" The first {shown} of {}.", presence.processes) } else { String::new() };
+        let caption = format!(
+            "the worst stage's error over the floor, in the rows that a process holds; ✗: not committed; empty: not judged.{rest}"
+        );
+        out += &figures::grid("Processes by microbatches:", &caption, &lines, &microbatches);
+    }
+    out
+}
+
+/// Processes that a page shows.
+const MOST_PROCESSES: usize = 64;
+
+fn ratio(tensor: &TensorReport) -> f64 {
+    if tensor.nonfinite > 0 { f64::INFINITY } else { tensor.ratio }
+}
+
+/// `before` and the microbatch, or nothing for what accumulates.
+fn at(cell: &Cell, before: &str) -> String {
+    cell.microbatch.map_or(String::new(), |m| format!("{before}{m}"))
 }
 
 fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     let several = candidate.microbatches.len() > 1;
     let microbatch = if several { "<th class=\"number\">worst (✗ of)</th>" } else { "" };
-    let axis: String = summary::AXIS
-        .iter()
-        .enumerate()
-        .map(|(d, label)| format!("<text x=\"{}\" y=\"11\">{label}</text>", d as f64 * DECADE + 1.0))
-        .collect();
     writeln!(
         out,
         "<div class=\"scroll\"><table><thead><tr><th></th><th>stage</th><th class=\"number\">rel. L2</th><th class=\"number\">floor</th>\
-         <th class=\"number\">ratio</th>{microbatch}<th><svg width=\"{WIDTH}\" height=\"14\">{axis}</svg></th></tr></thead><tbody>"
+         <th class=\"number\">ratio</th>{microbatch}<th>{}</th></tr></thead><tbody>",
+        figures::bar_axis(&summary::AXIS)
     )?;
     for rung in rungs {
         let cell = rung.worst();
@@ -179,22 +276,9 @@ fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std:
 /// Decades above the floor.
 fn bar(tensor: &TensorReport) -> String {
     if tensor.nonfinite > 0 {
-        return format!(
-            "<svg width=\"{WIDTH}\" height=\"14\"><text x=\"1\" y=\"11\">{} not finite</text></svg>",
-            tensor.nonfinite
-        );
+        return format!("{} not finite", tensor.nonfinite);
     }
-    let mut grid = String::new();
-    for decade in 0..8 {
-        let x = f64::from(decade) * DECADE + 0.5;
-        grid += &format!("<line x1=\"{x}\" x2=\"{x}\" y1=\"0\" y2=\"14\"/>");
-    }
-    let length = (tensor.ratio.log10() * DECADE).clamp(2.0, WIDTH);
-    let length = if length.is_nan() { WIDTH } else { length };
-    let kind = if tensor.verdict == Verdict::Agree { "floor" } else { "bar" };
-    format!(
-        "<svg width=\"{WIDTH}\" height=\"14\">{grid}<rect class=\"{kind}\" x=\"0\" y=\"3\" width=\"{length:.1}\" height=\"8\" rx=\"1.5\"/></svg>"
-    )
+    figures::bar(tensor.ratio, tensor.ratio_limit, tensor.verdict == Verdict::Agree)
 }
 
 fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {
@@ -212,20 +296,37 @@ fn worst_elements(out: &mut String, rungs: &[Rung]) -> std::fmt::Result {
     writeln!(
         out,
         "<article><h3>Worst elements</h3><div class=\"scroll\"><table><thead><tr><th>stage</th><th>microbatch</th><th>place</th>\
-         <th class=\"number\">candidate</th><th class=\"number\">reference</th></tr></thead><tbody>"
+         <th class=\"number\">candidate</th><th class=\"number\">reference</th><th class=\"number\">difference</th>\
+         <th class=\"number\">factor</th></tr></thead><tbody>"
     )?;
+    let mut most = OF_THE_FIRST;
     for rung in rungs.iter().filter(|rung| rung.verdict() == Verdict::Diverge) {
         let cell = rung.worst();
-        let Some(worst) = &cell.tensor.worst else { continue };
-        let at = cell.microbatch.map_or("step".to_owned(), |m| m.to_string());
-        writeln!(
-            out,
-            "<tr><td class=\"stage\">{}</td><td>{at}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td></tr>",
-            escape(&rung.stage),
-            escape(&worst.place),
-            value(worst.candidate),
-            value(worst.reference)
-        )?;
+        let several = cell.tensor.plots.as_ref().map(|plots| plots.worst.as_slice()).filter(|_| cell.tensor.nonfinite == 0);
+        let of_tensor = cell.tensor.worst.as_slice();
+        for worst in several.filter(|several| !several.is_empty()).unwrap_or(of_tensor).iter().take(most) {
+            writeln!(out, "{}", element(&rung.stage, &cell, worst))?;
+        }
+        most = OF_OTHERS;
     }
     writeln!(out, "</tbody></table></div></article>")
+}
+
+/// Elements listed of the first stage that diverges, and of those after it.
+const OF_THE_FIRST: usize = 6;
+const OF_OTHERS: usize = 3;
+
+fn element(stage: &str, cell: &Cell, worst: &Worst) -> String {
+    let (candidate, reference) = (worst.candidate, worst.reference);
+    let factor = if reference == 0.0 { "–".to_owned() } else { value(candidate / reference) };
+    format!(
+        "<tr><td class=\"stage\">{}</td><td>{}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td>\
+         <td class=\"number\">{}</td><td class=\"number\">{factor}</td></tr>",
+        escape(stage),
+        cell.microbatch.map_or("step".to_owned(), |m| m.to_string()),
+        escape(&worst.place),
+        value(candidate),
+        value(reference),
+        scientific(candidate - reference),
+    )
 }

@@ -20,6 +20,8 @@ struct Many<'a> {
     schema: &'static str,
     verdict: Verdict,
     reports: Vec<Entry<'a>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    not_judged: &'a [&'a str],
 }
 
 #[derive(Serialize)]
@@ -34,11 +36,12 @@ pub fn one(report: &Report) -> String {
     to_string(&One { schema: SCHEMA, report })
 }
 
-/// The reports of a folder of dumps, in their order; the verdict over all is the worst.
-pub fn many(reports: &[Report]) -> String {
+/// The reports of a folder of dumps, in their order; the verdict over all is the worst. `not_judged` are the dumps that a
+/// baseline has and the folder has not.
+pub fn many(reports: &[Report], not_judged: &[&str]) -> String {
     let verdict = reports.iter().map(|report| report.verdict).max().unwrap_or(Verdict::Agree);
     let reports = reports.iter().map(|report| Entry { path: &report.dump.path, report }).collect();
-    to_string(&Many { schema: SCHEMA, verdict, reports })
+    to_string(&Many { schema: SCHEMA, verdict, reports, not_judged })
 }
 
 /// `value` as indented JSON with a final newline.

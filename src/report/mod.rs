@@ -1,8 +1,13 @@
 //! Results and how they are shown: one plain result struct ([`model`]), and what is rendered from it.
 
+pub mod baseline;
+mod figures;
 pub mod html;
 pub mod json;
+pub mod markdown;
 pub mod model;
+mod pattern;
+pub mod plots;
 mod summary;
 pub mod terminal;
 pub mod text;

@@ -2,6 +2,8 @@
 //!
 //! Field names are those of the JSON report (`docs/report.md`).
 
+use super::baseline::Comparison;
+use super::plots::{Crossing, Plots, Presence};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -27,6 +29,9 @@ pub struct Report {
     /// What the reader should know: missing checksums, incomplete microbatches.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// The earlier report that this one is set beside, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Comparison>,
 }
 
 /// What a dump holds.
@@ -70,6 +75,12 @@ pub struct CandidateReport {
     pub first_divergence: Option<Divergence>,
     /// What explains the divergence, best first.
     pub findings: Vec<Finding>,
+    /// Where in the logits it comes from, drawn on the page.
+    #[serde(skip)]
+    pub crossing: Option<Crossing>,
+    /// Which processes committed which microbatches, drawn on the page.
+    #[serde(skip)]
+    pub presence: Presence,
 }
 
 /// How much of the gradients a sample holds.
@@ -178,6 +189,9 @@ pub struct TensorReport {
     /// How the error lies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,
+    /// What the page draws of it.
+    #[serde(skip)]
+    pub plots: Option<Box<Plots>>,
 }
 
 /// An element and both its values.
@@ -193,22 +207,70 @@ pub struct Worst {
     pub reference: f64,
 }
 
-/// How an error lies over a tensor.
+/// How an error lies over a tensor. Rows and columns are [start, end) ranges of the whole tensor's.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Pattern {
-    /// `uniform`, `rows`, `label_rows`, `scale`, `row_scale`, `zero_rows`, `nonfinite`.
+    /// `uniform`, `scale`, `microbatch_scale`, `row_scale`, `zero_rows`, `masked_rows`, `process`, `label_rows`, `hits`, `tail`,
+    /// `vocab_tile`, `token_tile`, `label_tile`, `rows`, `columns`, `nonfinite`.
     pub kind: String,
-    /// The share of the squared error that the pattern holds.
+    /// The share of the squared error that the pattern holds: of that above the floor, where it is one of rows.
     pub share: f64,
-    /// Row ranges [start, end) that hold it, if it is confined to some.
+    /// Rows that hold it, if it is confined to some.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rows: Vec<[usize; 2]>,
-    /// The fitted factor, where the pattern is a scale.
+    /// Columns that hold it, if it is confined to some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub columns: Vec<[usize; 2]>,
+    /// The factor on these rows, where one and the same takes the error to the floor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
+    /// The smallest and the largest factor on these rows, where it takes one of its own for each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha_range: Option<[f64; 2]>,
+    /// The factor of each microbatch.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub per_microbatch: Vec<f64>,
     /// The first row in error, where everything from it on is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_bad: Option<usize>,
+    /// The tile size that fits; the usual one of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tile: Option<usize>,
+    /// All that fit, where several do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tile_candidates: Vec<usize>,
+    /// [k, i]: of every k tiles, the one at place i.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<[usize; 2]>,
+    /// The rows within each tile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<[usize; 2]>,
+    /// The process that holds these rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<usize>,
+    /// How the log of a label row's relative error grows with the log of its hits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slope: Option<f64>,
+    /// Row and column of the first element that is not finite.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<[usize; 2]>,
+    /// `good_in_bad_out` if every input is finite, else `bad_in`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub origin: Option<&'static str>,
+    /// The first input element that is not finite.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input: Option<BadInput>,
+}
+
+/// An element of an input that is not finite.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BadInput {
+    /// The input's name in the dump format.
+    pub tensor: &'static str,
+    /// Token or vocab id, and feature.
+    pub index: [usize; 2],
+    /// `NaN`, `inf` or `-inf`.
+    pub value: String,
 }
 
 /// The first rung of the ladder that breaks.

@@ -1,6 +1,7 @@
 //! What every renderer says alike: the verdict in a sentence, the ladder of stages, the words for a pattern.
 
-use super::model::{CandidateReport, Confidence, Finding, GradNorm, Pattern, Report, TensorReport, Verdict};
+use super::model::{CandidateReport, Confidence, Finding, GradNorm, Report, TensorReport, Verdict};
+use super::pattern;
 use super::text::{count, list, percent, scientific, times, value};
 
 /// The stages within a microbatch, in the order in which an error runs through them.
@@ -246,43 +247,20 @@ pub(super) fn observation(candidate: &CandidateReport, rungs: &[Rung]) -> Option
     }
     text.push('.');
     if let Some(pattern) = &tensor.pattern {
-        text += &format!(" {}.", pattern_words(pattern));
+        text += &format!(" {}.", pattern::words(pattern, &stage));
     }
     if tensor.out_of_bound > 0 {
         text += &format!(" {} beyond what any honest computation gives.", count(tensor.out_of_bound, "element"));
     }
-    Some(text)
-}
-
-fn pattern_words(pattern: &Pattern) -> String {
-    const SHOWN: usize = 4;
-    let how = match pattern.kind.as_str() {
-        "uniform" => "is spread evenly",
-        "rows" => "lies in some rows",
-        "label_rows" => "lies in the rows of labels",
-        "zero_rows" => "is that rows are zero",
-        "scale" => "is a constant factor",
-        "row_scale" => "is a factor per row",
-        "nonfinite" => "is that values are not finite",
-        other => other,
-    };
-    let mut text = format!("The error {how} ({} of its square)", percent(pattern.share));
-    if let Some(alpha) = pattern.alpha {
-        text += &format!(", α = {}", value(alpha));
-    }
-    if let Some(first) = pattern.first_bad {
-        text += &format!(", all from row {first} on");
-    } else if !pattern.rows.is_empty() {
-        let range = |[start, end]: &[usize; 2]| {
-            if start + 1 == *end { start.to_string() } else { format!("{start}–{}", end.saturating_sub(1)) }
-        };
-        let ranges: Vec<String> = pattern.rows.iter().take(SHOWN).map(range).collect();
-        text += &format!(": {}", ranges.join(", "));
-        if pattern.rows.len() > SHOWN {
-            text += &format!(" and {} more", count(pattern.rows.len() - SHOWN, "range"));
+    // What follows from it may show more of a shape.
+    for rung in rungs.iter().filter(|rung| rung.consequence && rung.cells[0].microbatch.is_some()) {
+        let shape = rung.worst().tensor.pattern.as_ref().filter(|shape| !["uniform", "rows"].contains(&shape.kind.as_str()));
+        if let Some(shape) = shape.filter(|shape| tensor.pattern.as_ref().is_none_or(|first| first.kind != shape.kind)) {
+            let words = pattern::words(shape, &rung.stage).replacen("The error", "the error", 1);
+            text += &format!(" In {}, {words}.", rung.stage);
         }
     }
-    text
+    Some(text)
 }
 
 /// The command that repeats the judgement of `candidate`.

@@ -1,5 +1,6 @@
 //! The report for people, on a terminal.
 
+use super::baseline::{self, Comparison};
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict};
 use super::summary::{self, Rung};
 use super::text::{Paint, clean, columns, pad, scientific, value, wrap};
@@ -58,11 +59,25 @@ pub fn render(report: &Report, style: Style) -> String {
     for warning in &report.warnings {
         style.entry(&mut out, "warning", warning);
     }
+    if let Some(comparison) = &report.baseline {
+        baseline(&mut out, comparison, style);
+    }
     for candidate in &report.candidates {
         out.push('\n');
         section(&mut out, report, candidate, style);
     }
     out
+}
+
+fn baseline(out: &mut String, comparison: &Comparison, style: Style) {
+    style.entry(out, "baseline", &baseline::sentence(comparison));
+    let (lines, more) = baseline::lines(comparison);
+    for (change, line) in lines {
+        style.entry(out, &format!("  {}", baseline::word(change)), &line);
+    }
+    if more > 0 {
+        style.entry(out, "", &format!("and {more} more"));
+    }
 }
 
 fn section(out: &mut String, report: &Report, candidate: &CandidateReport, style: Style) {
@@ -200,8 +215,8 @@ fn finding(out: &mut String, finding: &Finding, style: Style) {
     }
 }
 
-/// One line per dump, for a folder of them: mark, path, and what was found.
-pub fn overview(reports: &[Report], style: Style) -> String {
+/// One line per dump, for a folder of them: mark, path, and what was found; then those that only a baseline has.
+pub fn overview(reports: &[Report], not_judged: &[&str], style: Style) -> String {
     let paths: Vec<_> = reports.iter().map(|report| clean(&report.dump.path).into_owned()).collect();
     let width = paths.iter().map(|path| columns(path)).max().unwrap_or(0);
     let mut out = format!("{}\n", summary::how_many(reports));
@@ -209,6 +224,9 @@ pub fn overview(reports: &[Report], style: Style) -> String {
         let line = format!("  {} {}  {}", style.mark(report.verdict), pad(path, width, false), clean(&summary::causes(report)));
         out += line.trim_end();
         out.push('\n');
+    }
+    for path in not_judged {
+        out += &format!("    {}  not judged any more\n", clean(path));
     }
     out
 }

@@ -1,17 +1,54 @@
 use crate::samples;
 use fused_xent::report::headline;
-use fused_xent::report::html::render;
+use fused_xent::report::html;
+use fused_xent::report::model::Report;
+
+fn render(reports: &[Report]) -> String {
+    html::render(reports, &[])
+}
 
 #[test]
 fn the_page_stands_alone() {
-    let page =
-        render(&[samples::agreeing(), samples::two_candidates(), samples::nonfinite(), samples::microbatches(16, &[2, 11])]);
-    for outside in ["<script", "http:", "https:", "src=", "@import", "url("] {
+    let page = render(&[
+        samples::agreeing(),
+        samples::two_candidates(),
+        samples::nonfinite(),
+        samples::microbatches(16, &[2, 11]),
+        samples::drawn(16),
+    ]);
+    for outside in ["<script", "http:", "https:", "src=", "@import", "url(", "<link", "onload", "javascript:"] {
         assert!(!page.contains(outside), "{outside}");
     }
     assert!(page.contains("prefers-color-scheme: dark"));
     assert!(page.contains("xent-diff dumps/tiny --step 0 --candidate recorded"));
-    for tag in ["section", "article", "table", "svg", "div", "dl", "p", "h1", "tr", "td", "th", "ul", "li", "a"] {
+    for tag in [
+        "section",
+        "article",
+        "table",
+        "svg",
+        "div",
+        "dl",
+        "p",
+        "h1",
+        "h2",
+        "h3",
+        "tr",
+        "td",
+        "th",
+        "ul",
+        "li",
+        "a",
+        "b",
+        "text",
+        "figure",
+        "figcaption",
+        "details",
+        "summary",
+        "pre",
+        "code",
+        "span",
+        "small",
+    ] {
         let opened = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
         assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
     }
@@ -23,7 +60,44 @@ fn the_verdict_comes_first() {
     let page = render(std::slice::from_ref(&report));
     let body = page.split("<body>").nth(1).unwrap().trim_start();
     let body = body.replace('\u{2060}', "");
-    assert!(body.starts_with(&format!("<h1 id=\"dump-0\" class=\"agree\">{}", headline(&report))), "{body}");
+    let expected = format!("<h1 id=\"dump-0\" class=\"agree\"><small>✓ agrees</small> <span>{}</span>", headline(&report));
+    assert!(body.starts_with(&expected), "{body}");
+}
+
+#[test]
+fn figures_are_drawn_and_stay_small() {
+    let page = render(&[samples::drawn(64)]);
+    assert!(page.len() < 500_000, "{}", page.len());
+    for title in [
+        "d_hidden of microbatch 11.</b> error over the floor",
+        "d_unembedding of microbatch 0.</b> relative error of a row",
+        "error of an element by the size of the gradient",
+        "d_hidden by tiles of the logits.",
+        "accounts for 97.0 % of the error",
+        "Stages by microbatches",
+        "Processes by microbatches",
+    ] {
+        assert!(page.contains(title), "{title}");
+    }
+    assert_eq!(page.matches("class=\"absent\"").count(), 1);
+    assert!(!render(&[samples::microbatches(1, &[])]).contains("<figure"), "nothing to draw, no frame for it");
+}
+
+#[test]
+fn figures_of_odd_values_are_drawn() {
+    let mut report = samples::drawn(4);
+    let tensor = &mut report.candidates[0].microbatches[2].tensors[3];
+    let plots = tensor.plots.as_mut().unwrap();
+    plots.profile.truncate(1);
+    plots.profile[0].ratio = f32::INFINITY;
+    plots.profile[0].worst = f32::NAN;
+    plots.magnitude.iter_mut().for_each(|bin| bin.rms = 0.0);
+    plots.hits.clear();
+    for values in [vec![f32::NAN; 576], vec![], vec![f32::INFINITY; 576]] {
+        report.candidates[0].crossing.as_mut().unwrap().maps[0].ratio = values;
+        let page = render(std::slice::from_ref(&report));
+        assert!(!page.contains("NaN ") && !page.contains("MNaN") && !page.contains("inf\""), "{page}");
+    }
 }
 
 #[test]

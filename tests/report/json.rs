@@ -29,14 +29,14 @@ fn one_dump() {
 
 #[test]
 fn a_folder_of_dumps_carries_the_worst_verdict() {
-    let text = many(&[samples::agreeing(), samples::certain()]);
+    let text = many(&[samples::agreeing(), samples::certain()], &[]);
     let report: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(report["schema"], "xent-diff/1");
     assert_eq!(report["verdict"], "diverge");
     assert_eq!(report["reports"][0]["path"], "dumps/tiny");
     assert_eq!(report["reports"][0]["verdict"], "agree");
     assert!(report["reports"][0].get("schema").is_none());
-    let report: Value = serde_json::from_str(&many(&[samples::agreeing()])).unwrap();
+    let report: Value = serde_json::from_str(&many(&[samples::agreeing()], &[])).unwrap();
     assert_eq!(report["verdict"], "agree");
 }
 

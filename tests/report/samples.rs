@@ -1,6 +1,7 @@
 //! Reports made by hand.
 
 use fused_xent::report::model::*;
+use fused_xent::report::plots::*;
 use serde_json::json;
 
 /// N and D of every microbatch here; V is 1000.
@@ -35,6 +36,7 @@ pub fn tensor(name: &str, rel_l2: f64, floor: f64) -> TensorReport {
         }),
         zero_tail: None,
         pattern: None,
+        plots: None,
     }
 }
 
@@ -71,6 +73,8 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
         accumulated: None,
         first_divergence: None,
         findings: Vec::new(),
+        crossing: None,
+        presence: Default::default(),
     }
 }
 
@@ -86,6 +90,7 @@ pub fn report(candidates: Vec<CandidateReport>) -> Report {
         },
         candidates,
         warnings: Vec::new(),
+        baseline: None,
     }
 }
 
@@ -211,4 +216,41 @@ pub fn microbatches(count: usize, bad: &[usize]) -> Report {
     recorded.accumulated = Some(AccumulatedReport { tensors: vec![tensor("d_unembedding", 1.7e-3, 1.7e-3)], grad_norm: None });
     recorded.first_divergence = bad.first().map(|&m| Divergence { microbatch: Some(m), stage: "d_hidden".to_owned() });
     report(vec![recorded])
+}
+
+/// A run of as many processes as microbatches, with every figure as large as it gets; one folder was not committed.
+pub fn drawn(count: usize) -> Report {
+    let mut report = microbatches(count, &[2, 11]);
+    let candidate = &mut report.candidates[0];
+    for (m, microbatch) in candidate.microbatches.iter_mut().enumerate() {
+        for tensor in &mut microbatch.tensors {
+            tensor.plots = Some(Box::new(plots(tensor, count, m)));
+        }
+    }
+    let ratio = (0..24 * 24).map(|cell| if cell % 24 < 2 { 40.0 } else { 0.2 }).collect();
+    candidate.crossing = Some(Crossing {
+        microbatch: 2,
+        tile: [32, 64],
+        of: [24 * 32, 24 * 64],
+        maps: vec![CrossingMap { stage: "d_hidden", ratio, explained: 0.97 }],
+    });
+    candidate.presence = Presence { processes: count, microbatches: count, absent: vec![[3, 5]] };
+    report
+}
+
+fn plots(tensor: &TensorReport, processes: usize, m: usize) -> Plots {
+    let ratio = tensor.ratio as f32;
+    let span = |i: usize| Span { rows: [1000 * i, 1000 * i + 1000], ratio, worst: 2.0 * ratio };
+    let hits = |i: usize| HitsPoint { hits: i / 24, error: 1.7e-3 * (i % 24) as f32, floor: 1.6e-3 };
+    let bin = |i: i32| {
+        let from = 2f64.powi(i - 40);
+        MagnitudeBin { from, count: 9, rms: 2e-3 * from, largest: 4e-3 * from, bound: 1e-2 * from }
+    };
+    Plots {
+        profile: (0..256).map(span).collect(),
+        hits: if tensor.name == "d_unembedding" { (0..480).map(hits).collect() } else { vec![] },
+        magnitude: (0..40).map(bin).collect(),
+        processes: (0..processes).map(|process| ProcessCell { process, ratio: tensor.ratio * (process + m) as f64 }).collect(),
+        worst: tensor.worst.clone().into_iter().collect(),
+    }
 }

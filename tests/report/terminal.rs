@@ -69,8 +69,9 @@ fn a_certain_cause() {
       ✗ grad_norm                  1.2030 against 1.0010 ± 2.00e-3
 
     observed      d_unembedding_label breaks first, in microbatch 0: rel. L2 is 22050 times what honest
-                  rounding makes. The error lies in the rows of labels (>99.9 % of its square): 3,
-                  17–18, 42, 77 and 2 ranges more. 17 elements beyond what any honest computation gives.
+                  rounding makes. The error lies in the rows of labels (>99.9 % of its square): vocab
+                  ids 3, 17–18, 42, 77 and 2 ranges more. 17 elements beyond what any honest computation
+                  gives.
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference
                   1.2300e-3
                   d_unembedding, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference 1.2300e-3
@@ -111,7 +112,7 @@ fn an_unknown_cause() {
       ✓ d_unembedding  1.71e-3  1.70e-3    1.01×   ▏
 
     observed      d_hidden breaks first, in microbatch 0: the error is above what honest rounding makes.
-                  The error lies in some rows (98.0 % of its square), all from row 384 on.
+                  The error lies in some rows (98.0 % of its square), all from token 384 on.
     worst         d_hidden, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference 1.2300e-3
 
       1. cause unknown
@@ -190,9 +191,9 @@ fn two_candidates_on_a_narrow_terminal() {
 
     observed      d_unembedding_label breaks first, in microbatch 0: rel. L2
                   is 22050 times what honest rounding makes. The error lies
-                  in the rows of labels (>99.9 % of its square): 3, 17–18,
-                  42, 77 and 2 ranges more. 17 elements beyond what any
-                  honest computation gives.
+                  in the rows of labels (>99.9 % of its square): vocab ids
+                  3, 17–18, 42, 77 and 2 ranges more. 17 elements beyond
+                  what any honest computation gives.
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3:
                   1.2345e-3, reference 1.2300e-3
                   d_unembedding, microbatch 0, vocab id 42, feature 3:
@@ -287,7 +288,7 @@ fn many_microbatches_show_the_worst() {
 
 #[test]
 fn a_folder_of_dumps_ends_in_an_overview() {
-    assert_snapshot!(overview(&[samples::agreeing(), samples::certain()], PLAIN), @r#"
+    assert_snapshot!(overview(&[samples::agreeing(), samples::certain()], &[], PLAIN), @r#"
     1 of 2 dumps diverges
       ✓ dumps/tiny
       ✗ dumps/tiny  label-scatter-bf16

@@ -12,6 +12,8 @@ super::fma::fma_instance!(
     rows: 8,
     vectors: 3,
     lanes: 16,
+    multiply: multiply,
+    __m512,
     _mm512_setzero_ps,
     _mm512_loadu_ps,
     _mm512_storeu_ps,

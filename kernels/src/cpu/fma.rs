@@ -1,10 +1,12 @@
-//! Instances in float32 that differ in nothing but the width of a register: AVX-512 and AVX2.
+//! Instances in float32 that differ in little but the width of a register: AVX-512 and AVX2.
 
-/// Defines the instance `$name` of micro-tiles of `$mr` rows × `$vectors` registers, in the module where it stands.
+/// Defines the instance `$name` of micro-tiles of `$mr` rows × `$vectors` registers, in the module where it stands, with `$multiply`
+/// for its inner loop: `multiply`, which this defines, or one of the module's own.
 macro_rules! fma_instance {
     (
         $(#[$doc:meta])* $name:ident, detect: [$($feature:tt),*], enable: $enable:literal, rows: $mr:literal, vectors: $vectors:literal, lanes: $lanes:literal,
-        $zero:ident, $load:ident, $store:ident, $spread:ident, $add:ident, $multiply_add:ident
+        multiply: $multiply:ident,
+        $register:ident, $zero:ident, $load:ident, $store:ident, $spread:ident, $add:ident, $multiply_add:ident
     ) => {
         use super::{Isa, Vectorized};
         use crate::gemm::{Left, Write};
@@ -68,6 +70,32 @@ macro_rules! fma_instance {
             work.run()
         }
 
+        /// Adds the products of `count` steps to the sums.
+        ///
+        /// # Safety
+        /// The operands have so many.
+        #[allow(clippy::needless_range_loop, reason = "the loops run over registers")]
+        #[inline]
+        #[target_feature(enable = $enable)]
+        unsafe fn multiply<const V: usize>(sums: &mut [[$register; V]; $mr], left: Left<f32>, right: *const f32, count: usize) {
+            for p in 0..count {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let (l, r) = (left.data.add(p * left.step), right.add(p * VECTORS * $lanes));
+                    let mut words = [$zero(); V];
+                    for j in 0..V {
+                        words[j] = $load(r.add(j * $lanes));
+                    }
+                    for i in 0..$mr {
+                        let word = $spread(*l.add(i * left.row));
+                        for j in 0..V {
+                            sums[i][j] = $multiply_add(word, words[j], sums[i][j]);
+                        }
+                    }
+                }
+            }
+        }
+
         /// # Safety
         /// As [`Isa::product`].
         #[allow(clippy::needless_range_loop, reason = "the loops run over registers")]
@@ -95,21 +123,10 @@ macro_rules! fma_instance {
                         _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(i * stride + j * $lanes).cast());
                         fetched += 1;
                     }
-                    let until = steps.min(done + pace);
-                    while done < until {
-                        done += 1;
-                        let mut words = [$zero(); V];
-                        for j in 0..V {
-                            words[j] = $load(r.add(j * $lanes));
-                        }
-                        for i in 0..$mr {
-                            let word = $spread(*l.add(i * left.row));
-                            for j in 0..V {
-                                sums[i][j] = $multiply_add(word, words[j], sums[i][j]);
-                            }
-                        }
-                        (l, r) = (l.add(left.step), r.add(VECTORS * $lanes));
-                    }
+                    let count = pace.min(steps - done);
+                    $multiply(&mut sums, Left { data: l, ..left }, r, count);
+                    (l, r) = (l.add(count * left.step), r.add(count * VECTORS * $lanes));
+                    done += count;
                 }
                 for i in 0..$mr {
                     for j in 0..V {

@@ -194,7 +194,11 @@ impl Case {
         let problem = self.problem();
         let forward = kernel.forward(&problem).unwrap();
         let [mut d_hidden, mut d_unembedding] = self.buffers(dtypes);
-        let gradients = Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()) };
+        let gradients = Gradients {
+            d_hidden: Some(d_hidden.gradient()),
+            d_unembedding: Some(d_unembedding.gradient()),
+            ..Gradients::default()
+        };
         kernel.backward(&problem, &forward.lse, self.cotangents(), gradients).unwrap();
         Results { forward, d_hidden, d_unembedding }
     }
@@ -205,7 +209,11 @@ impl Case {
         let [loss, None, None] = &self.cotangents else { panic!("loss_and_grad takes the cotangent of the loss alone") };
         let zeros = vec![0.0; self.shape.tokens];
         let [mut d_hidden, mut d_unembedding] = self.buffers(dtypes);
-        let gradients = Gradients { d_hidden: Some(d_hidden.gradient()), d_unembedding: Some(d_unembedding.gradient()) };
+        let gradients = Gradients {
+            d_hidden: Some(d_hidden.gradient()),
+            d_unembedding: Some(d_unembedding.gradient()),
+            ..Gradients::default()
+        };
         let forward = kernel.loss_and_grad(&problem, loss.as_deref().unwrap_or(&zeros), gradients).unwrap();
         Results { forward, d_hidden, d_unembedding }
     }

@@ -1,9 +1,10 @@
 //! Which faults are worth testing on a step, and with which parameters: cheap looks at the data before expensive replays.
 
-use super::candidate::Produced;
-use super::counterfactual::{ScatterOnto, Step};
-use super::fault::{CATALOGUE, Fault, Touches};
-use super::truth::Stage;
+use super::lse::SeenLse;
+use crate::diff::fault::{CATALOGUE, Fault, Touches};
+use crate::diff::replay::{Approximation, Filter, ProcessSum, ScatterOnto};
+use crate::diff::step::Step;
+use crate::diff::truth::Stage;
 use crate::report::model::{MicrobatchReport, TensorReport, Verdict};
 use fused_xent_kernels::problem::{Label, LossOptions};
 use fused_xent_kernels::reduction::{Microbatches, Reduction};
@@ -13,20 +14,39 @@ use std::ops::RangeInclusive;
 pub struct Observed<'a> {
     /// The step.
     pub step: &'a Step<'a>,
-    /// What the candidate has.
-    pub produced: &'a Produced,
     /// The comparison with the reference, per microbatch.
     pub microbatches: &'a [MicrobatchReport],
     /// The comparison of the accumulated dK.
     pub accumulated: Option<&'a TensorReport>,
+    /// The lse that its rows show.
+    pub lse: &'a SeenLse,
 }
 
+/// Tokens, and vocab ids, of the tiles that a gradient filter may look at, and thresholds that it may have.
+pub(super) const FILTER_TILES: [usize; 5] = [16, 32, 64, 128, 256];
+pub(super) const THRESHOLDS: [f64; 16] = [
+    1.0 / 64.0,
+    1e-2,
+    1.0 / 256.0,
+    1.0 / 512.0,
+    1e-3,
+    1.0 / 2048.0,
+    1.0 / 4096.0,
+    1.0 / 8192.0,
+    1e-4,
+    1.0 / 16384.0,
+    1.0 / 32768.0,
+    1.0 / 65536.0,
+    1e-5,
+    1.0 / 262_144.0,
+    1.0 / 1_048_576.0,
+    1e-6,
+];
+
 /// Sizes that kernels tile by.
-pub(super) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+pub(in crate::diff) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// Numbers of shards of a mesh axis.
 const SHARDS: [usize; 5] = [2, 4, 8, 16, 32];
-/// Vocab tiles of which each is tested for being absent from lse.
-const MOST_TILES: usize = 64;
 
 /// Every fault that could change what diverges, with every parameter that the data leave possible.
 pub fn hypotheses(observed: &Observed) -> Vec<Fault> {
@@ -57,37 +77,53 @@ impl Observed<'_> {
         let when = |condition: bool| if condition { vec![example] } else { vec![] };
         let mean = step.reduction.reduction == Reduction::Mean;
         match example {
-            Fault::LabelScatterBf16 { .. } => [true, false]
-                .into_iter()
-                .flat_map(|hits_rounded| {
-                    [ScatterOnto::Zeros, ScatterOnto::ZerosThenBf16, ScatterOnto::LsePart]
-                        .map(|onto| Fault::LabelScatterBf16 { hits_rounded, onto })
-                })
-                .collect(),
+            Fault::LabelScatterBf16 { .. } => {
+                let onto = [ScatterOnto::Zeros, ScatterOnto::ZerosThenBf16, ScatterOnto::LsePart];
+                let variants = [true, false].into_iter().flat_map(|rounded| onto.map(|onto| (rounded, onto)));
+                let mut out: Vec<Fault> =
+                    variants.clone().map(|(hits_rounded, onto)| Fault::LabelScatterBf16 { hits_rounded, onto }).collect();
+                for over in self.process_sums() {
+                    let variants = variants.clone();
+                    out.extend(variants.map(|(hits_rounded, onto)| Fault::LabelScatterBf16OverProcesses {
+                        hits_rounded,
+                        onto,
+                        over,
+                    }));
+                }
+                out
+            }
             Fault::DkAccumulateBf16 { .. } => {
                 let counts = (1..).map(|i| 1usize << i).take_while(|&c| c < shape.tokens).chain([shape.tokens]);
-                let mut out: Vec<Fault> = counts
-                    .flat_map(|chunks| [true, false].map(|parts_rounded| Fault::DkAccumulateBf16 { chunks, parts_rounded }))
-                    .collect();
+                let mut out = both(counts, |chunks, parts_rounded| Fault::DkAccumulateBf16 { chunks, parts_rounded });
+                // A fixed width differs from equal chunks where the last is ragged.
+                let widths = TILES
+                    .into_iter()
+                    .filter(|&width| width < shape.tokens && shape.tokens.div_ceil(shape.tokens.div_ceil(width)) != width);
+                out.extend(both(widths, |width, parts_rounded| Fault::DkAccumulateBf16ByWidth { width, parts_rounded }));
+                for over in self.process_sums() {
+                    let share = shape.tokens.div_ceil(over.processes);
+                    let counts = (1..).map(|i| 1usize << i).take_while(|&c| c < share).chain([share]);
+                    let variant = |chunks, parts_rounded| Fault::DkAccumulateBf16OverProcesses { chunks, parts_rounded, over };
+                    out.extend(both(counts, variant));
+                }
                 out.extend(several.then_some(Fault::DkAccumulateBf16OverMicrobatches));
                 out
             }
             Fault::DqAccumulateBf16 { .. } => {
                 let counts = (1..).map(|i| 1usize << i).take_while(|&c| c * 8 <= shape.vocab);
-                let by_width = TILES.iter().filter(|&&t| t < shape.vocab).map(|t| shape.vocab.div_ceil(*t));
-                let mut counts: Vec<usize> = counts.chain(by_width).collect();
-                counts.sort_unstable();
-                counts.dedup_by_key(|tiles| shape.vocab.div_ceil(*tiles));
-                counts
-                    .into_iter()
-                    .flat_map(|tiles| [true, false].map(|parts_rounded| Fault::DqAccumulateBf16 { tiles, parts_rounded }))
-                    .collect()
+                let equal: Vec<usize> = counts.collect();
+                let of_equal = |width: usize| equal.iter().any(|tiles| shape.vocab.div_ceil(*tiles) == width);
+                let widths = TILES.into_iter().filter(|&width| width < shape.vocab && !of_equal(width));
+                let mut out = both(widths, |width, parts_rounded| Fault::DqAccumulateBf16ByWidth { width, parts_rounded });
+                out.extend(both(equal.iter().copied(), |tiles, parts_rounded| Fault::DqAccumulateBf16 { tiles, parts_rounded }));
+                out
             }
             Fault::VocabPadUnmasked { .. } => {
                 let mut pads: Vec<usize> = TILES
                     .iter()
                     .map(|t| shape.vocab.div_ceil(*t) * t - shape.vocab)
                     .chain([8, 16, 32, 64, 128, 256])
+                    .chain(self.lse.padding())
                     .filter(|&p| p > 0)
                     .collect();
                 pads.sort_unstable();
@@ -102,30 +138,37 @@ impl Observed<'_> {
             Fault::TokenTailDropped { .. } => tiles_that_end_in(tail(self.reports(Stage::DHidden)), shape.tokens)
                 .map(|tile| Fault::TokenTailDropped { tile })
                 .collect(),
-            Fault::LseTileMissing { .. } => TILES
-                .iter()
-                .filter(|&&tile| tile < problem.valid_columns())
-                .flat_map(|&tile| {
-                    let tiles = problem.valid_columns().div_ceil(tile);
-                    let indices = if tiles <= MOST_TILES { (0..tiles).collect() } else { vec![0, tiles - 1] };
-                    indices.into_iter().map(move |index| Fault::LseTileMissing { tile, index })
-                })
-                .collect(),
+            Fault::LseTileMissing { .. } => {
+                self.lse.missing_tiles().into_iter().map(|(tile, index)| Fault::LseTileMissing { tile, index }).collect()
+            }
             Fault::LabelTileEdge { .. } => {
-                TILES.iter().filter(|&&tile| tile < shape.vocab).map(|&tile| Fault::LabelTileEdge { tile }).collect()
+                let tiles = TILES.into_iter().filter(|&tile| tile < shape.vocab);
+                tiles.flat_map(|tile| [Fault::LabelTileEdge { tile }, Fault::LabelTileEdgeLast { tile }]).collect()
             }
             Fault::IgnoredLeak { .. } if masked => {
-                vec![Fault::IgnoredLeak { label_zero: false }, Fault::IgnoredLeak { label_zero: true }]
+                let labelled = [false, true].map(|label_zero| Fault::IgnoredLeak { label_zero });
+                labelled.into_iter().chain([Fault::IgnoredLeakUnlabelled]).collect()
             }
             Fault::IgnoredLeak { .. } => vec![],
+            Fault::GradientFilter(_) => {
+                // As if each token were a tile's only one: that needs no other token's logits. The others come where this fits.
+                let scout = |eps| Fault::GradientFilter(Filter { eps, tokens: 1, ids: FILTER_TILES[2] });
+                THRESHOLDS.into_iter().step_by(2).map(scout).collect()
+            }
+            Fault::ApproximateExpLog(_) => self.approximations(),
             Fault::MeanOverAllTokens => when(masked && mean),
             Fault::MeanOfMeans => when(several && mean && step.reduction.microbatches == Microbatches::Global),
-            Fault::LastMicrobatchOnly => when(several),
+            Fault::LastMicrobatchOnly => {
+                let undivided = (step.accumulation_factor() != 1.0).then_some(Fault::LastMicrobatchOnlyUndivided);
+                when(several).into_iter().chain(undivided.filter(|_| several)).collect()
+            }
             Fault::DqCotangentMissing { .. } => {
-                self.factors(Stage::DHidden).into_iter().map(|factor| Fault::DqCotangentMissing { factor }).collect()
+                let by_factor = self.factors(Stage::DHidden).into_iter().map(|factor| Fault::DqCotangentMissing { factor });
+                by_factor.chain([Fault::DqCotangentMissingAll]).collect()
             }
             Fault::DkCotangentMissing { .. } => {
-                self.factors(Stage::DUnembedding).into_iter().map(|factor| Fault::DkCotangentMissing { factor }).collect()
+                let by_factor = self.factors(Stage::DUnembedding).into_iter().map(|factor| Fault::DkCotangentMissing { factor });
+                by_factor.chain([Fault::DkCotangentMissingAll]).collect()
             }
             Fault::NotAveraged { .. } => {
                 let everywhere = self.factors(Stage::DHidden).into_iter().chain(self.factors(Stage::DUnembedding));
@@ -140,7 +183,10 @@ impl Observed<'_> {
             Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => when(options.logit_softcap.is_some()),
             Fault::ZlossGradientMissing => when(options.z_loss > 0.0),
             Fault::LabelSmoothingIgnored => when(options.label_smoothing > 0.0),
-            Fault::LogitScaleIgnored => when(options.logit_scale != LossOptions::default().logit_scale),
+            Fault::LogitScaleIgnored if options.logit_scale != LossOptions::default().logit_scale => {
+                vec![Fault::LogitScaleIgnored, Fault::LogitScaleIgnoredInLogits]
+            }
+            Fault::LogitScaleIgnored => vec![],
             Fault::DqNotReduced { .. } => shards(shape.vocab)
                 .flat_map(|shards| (0..shards).map(move |shard| Fault::DqNotReduced { shards, shard }))
                 .collect(),
@@ -153,6 +199,27 @@ impl Observed<'_> {
         }
     }
 
+    /// Over the processes of the run: each sums its own tokens.
+    fn process_sums(&self) -> Vec<ProcessSum> {
+        let processes = self.step.processes;
+        if processes < 2 { vec![] } else { [false, true].map(|bf16| ProcessSum { processes, bf16 }).to_vec() }
+    }
+
+    /// Formulas for exp and log, where lse is off by little; then lse as it was recorded, whatever the formula.
+    fn approximations(&self) -> Vec<Fault> {
+        if !self.lse.is_off_by_little() {
+            return vec![];
+        }
+        let logs = (3..=6).map(|degree| Approximation::Log { degree });
+        let in_passes = [false, true].into_iter();
+        let exps = in_passes.flat_map(|in_backward| {
+            let polynomials = (2..=5).map(move |degree| Approximation::Exp { degree, in_backward });
+            polynomials.chain([Approximation::ExpBf16 { in_backward }])
+        });
+        let recorded = self.step.microbatches.iter().all(|m| m.recorded_lse.is_some()).then_some(Approximation::AsRecorded);
+        logs.chain(exps).chain(recorded).map(Fault::ApproximateExpLog).collect()
+    }
+
     fn reports(&self, stage: Stage) -> impl Iterator<Item = &TensorReport> {
         self.microbatches.iter().flat_map(|m| &m.tensors).filter(move |t| t.name == stage.name())
     }
@@ -161,6 +228,11 @@ impl Observed<'_> {
     fn factors(&self, stage: Stage) -> Vec<f64> {
         self.reports(stage).find(|t| t.verdict == Verdict::Diverge).or(self.accumulated).map(factors_of).unwrap_or_default()
     }
+}
+
+/// Each of some numbers, with its parts rounded and not.
+fn both(numbers: impl Iterator<Item = usize>, fault: impl Fn(usize, bool) -> Fault) -> Vec<Fault> {
+    numbers.flat_map(|number| [fault(number, true), fault(number, false)]).collect()
 }
 
 /// Where a tail of zero rows that should not be 0 can begin, in all of `tensors` that have one.

@@ -1,0 +1,230 @@
+//! The rows that hypotheses are tried on, and how well each fits there.
+
+use super::Case;
+use crate::diff::candidate::Values;
+use crate::diff::compare::RATIO_LIMIT;
+use crate::diff::fault::Touches;
+use crate::diff::replay::{Counterfactual, Excerpt, Outcome, Rows, Wanted};
+use crate::diff::truth::{RowsAre, Stage};
+use crate::report::model::{TensorReport, Verdict};
+use fused_xent_kernels::floor::Tolerance;
+use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
+
+/// How well a computation fits one tensor of the candidate.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct TensorFit {
+    /// ‖candidate − computed‖² / ‖reference‖²; of a tensor that agrees, only what exceeds its limit.
+    left: f64,
+    /// What of that a floor would leave.
+    floor: f64,
+    /// ‖candidate − computed‖ over the floor.
+    ratio: f64,
+    /// The same over what the tensor's verdict allows.
+    of_limit: f64,
+}
+
+/// How well a computation fits the candidate, tensor by tensor.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Fit {
+    tensors: Vec<TensorFit>,
+}
+
+impl Fit {
+    pub fn left(&self) -> f64 {
+        self.tensors.iter().map(|t| t.left).sum()
+    }
+
+    /// What is left beyond the floor.
+    pub fn beyond_floor(&self) -> f64 {
+        self.tensors.iter().map(|t| (t.left - t.floor).max(0.0)).sum()
+    }
+
+    pub fn ratio(&self) -> f64 {
+        self.tensors.iter().map(|t| t.ratio).fold(0.0, f64::max)
+    }
+
+    pub fn at_floor(&self) -> bool {
+        self.tensors.iter().all(|t| t.of_limit <= 1.0)
+    }
+
+    /// Whether what is left may be the fault itself in another order of summation.
+    pub fn near_floor(&self) -> bool {
+        self.tensors.iter().all(|t| t.of_limit <= 2.0)
+    }
+}
+
+/// One tensor of the candidate, in all of its rows or in some.
+struct Target<'a> {
+    stage: Stage,
+    candidate: CowArray<'a, f64, Ix2>,
+    /// Whether the whole tensor diverges.
+    diverges: bool,
+    /// ‖reference‖₂; the candidate's where that is 0.
+    size: f64,
+    floor: f64,
+    ratio_limit: f64,
+    /// How the reference fits.
+    base: TensorFit,
+}
+
+impl<'a> Target<'a> {
+    /// Of these rows (`None`: all) of a tensor.
+    fn new(
+        values: &'a Values,
+        tolerance: &Tolerance,
+        reference: ArrayView2<f64>,
+        rows: Option<&[usize]>,
+        of: (Stage, &TensorReport),
+    ) -> Self {
+        fn some<'x>(x: ArrayView2<'x, f64>, rows: Option<&[usize]>) -> CowArray<'x, f64, Ix2> {
+            rows.map_or_else(|| x.into(), |rows| x.select(Axis(0), rows).into())
+        }
+        let (candidate, reference) = (some(values.values.view(), rows), some(reference, rows));
+        let tolerance = rows.map_or_else(|| tolerance.clone(), |rows| tolerance.of_rows(rows));
+        let all = 0..candidate.nrows();
+        // A reference of 0 has no floor but a final rounding's; the candidate gives the size.
+        let (size, floor) = match norm(reference.view()) {
+            0.0 => (norm(candidate.view()), values.precision.unit_roundoff() * norm(candidate.view())),
+            size => (size, tolerance.l2(all.clone())),
+        };
+        let ratio_limit = (tolerance.limit(all.clone()) / tolerance.l2(all)).max(RATIO_LIMIT);
+        let diverges = of.1.verdict == Verdict::Diverge;
+        let mut target = Self { stage: of.0, candidate, diverges, size, floor, ratio_limit, base: TensorFit::default() };
+        target.base = target.fit(reference.view());
+        if diverges {
+            // It may do so with its norm at the floor: by a factor, or in few elements.
+            target.base.of_limit = f64::INFINITY;
+        }
+        target
+    }
+
+    fn fit(&self, computed: ArrayView2<f64>) -> TensorFit {
+        let deviation = self.candidate.iter().zip(computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
+        if deviation == 0.0 || self.size == 0.0 {
+            return TensorFit::default();
+        }
+        if !deviation.is_finite() {
+            return TensorFit { left: f64::INFINITY, floor: 0.0, ratio: f64::INFINITY, of_limit: f64::INFINITY };
+        }
+        let excess = if self.diverges { deviation } else { (deviation - self.ratio_limit * self.floor).max(0.0) };
+        // A gradient that a fault scales carries a floor scaled alike.
+        let ratio = deviation / (self.floor * (norm(computed) / self.size).max(SMALLEST_SCALE));
+        let floor = if self.diverges { (self.floor / self.size).powi(2) } else { 0.0 };
+        TensorFit { left: (excess / self.size).powi(2), floor, ratio, of_limit: ratio / self.ratio_limit }
+    }
+}
+
+fn norm(x: ArrayView2<f64>) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// How far a floor shrinks with the gradient.
+const SMALLEST_SCALE: f64 = 1e-3;
+
+/// A hypothesis: how the candidate may compute, and in which parts that differs from what it is compared with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trial {
+    pub how: Counterfactual,
+    pub touches: Touches,
+}
+
+/// Which rows a fit is measured in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Those of tokens alone: what vocab ids have is taken as explained wherever the hypothesis touches it.
+    Tokens,
+    /// All.
+    Both,
+}
+
+/// Rows of the candidate in every judged microbatch.
+pub(super) struct Bench<'a> {
+    case: &'a Case<'a>,
+    rows: Vec<Rows>,
+    microbatches: Vec<Vec<Target<'a>>>,
+    accumulated: Option<Target<'a>>,
+}
+
+impl<'a> Bench<'a> {
+    /// Of `rows` of the excerpts; `None` for all rows that are judged, which needs no excerpts.
+    pub fn new(case: &'a Case<'a>, rows: Option<(&[Excerpt], Vec<Rows>)>) -> Self {
+        let places = |place: usize, stage: Stage| {
+            let (excerpts, rows) = rows.as_ref()?;
+            Some(case.value_rows(place, stage, &excerpts[place], &rows[place]))
+        };
+        let microbatches = (0..case.judged.len())
+            .map(|place| {
+                let truth = case.truth(place);
+                let stages = case.produced.microbatches[place].iter().zip(&case.microbatches[place].tensors);
+                let target = |((&stage, values), report): ((&Stage, &'a Values), &TensorReport)| {
+                    let tolerance = &case.tolerances.microbatches[place][&stage];
+                    Target::new(
+                        values,
+                        tolerance,
+                        truth.outcome.stage(stage).view(),
+                        places(place, stage).as_deref(),
+                        (stage, report),
+                    )
+                };
+                stages.map(target).collect()
+            })
+            .collect();
+        let accumulated = case.accumulated.and_then(|report| {
+            let (values, stage) = (case.produced.accumulated.as_ref()?, Stage::AccumulatedDUnembedding);
+            let (tolerance, reference) = case.tolerances.accumulated.as_ref()?;
+            Some(Target::new(values, tolerance, reference.view(), places(0, Stage::DUnembedding).as_deref(), (stage, report)))
+        });
+        Self { case, rows: rows.map_or(vec![], |(_, rows)| rows), microbatches, accumulated }
+    }
+
+    /// How the reference fits: what is to be explained.
+    pub fn base(&self) -> Fit {
+        Fit { tensors: self.microbatches.iter().flatten().chain(&self.accumulated).map(|target| target.base).collect() }
+    }
+
+    /// What a fit leaves in the rows of tokens.
+    pub fn left_of_tokens(&self, fit: &Fit) -> f64 {
+        let targets = self.microbatches.iter().flatten().zip(&fit.tensors);
+        targets.filter(|(target, _)| target.stage.rows_are() == RowsAre::Tokens).map(|(_, fit)| fit.left).sum()
+    }
+
+    /// How a hypothesis fits. Where it touches nothing, the fit is that of `otherwise`.
+    pub fn fit(&self, excerpts: Option<&[Excerpt]>, trial: &Trial, otherwise: Option<&Fit>, side: Side) -> Fit {
+        let Trial { how, touches } = trial;
+        let case = self.case;
+        let of_step = self.accumulated.as_ref().filter(|_| touches.accumulated && side == Side::Both);
+        let of_ids = (touches.d_unembedding && side == Side::Both) || of_step.is_some();
+        let wanted = Wanted { d_hidden: touches.d_hidden, d_unembedding: of_ids };
+        let mut total: Option<Array2<f64>> = None;
+        let mut tensors = Vec::new();
+        let same = |i: usize| otherwise.map_or(TensorFit::default(), |fit| fit.tensors[i]);
+        for (place, targets) in self.microbatches.iter().enumerate() {
+            let m = case.judged[place];
+            let untouched = !(touches.forward || wanted.d_hidden || wanted.d_unembedding);
+            let outcome: Option<Outcome> = (!untouched).then(|| match excerpts {
+                Some(excerpts) => excerpts[place].replay(how, &self.rows[place], wanted),
+                None => how.replay(case.step, m, wanted),
+            });
+            if let (Some(outcome), true) = (&outcome, of_step.is_some()) {
+                let own = outcome.stage(Stage::DUnembedding);
+                how.accumulate(case.step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
+            }
+            for target in targets {
+                let not_seen = side == Side::Tokens && target.stage.rows_are() == RowsAre::VocabIds;
+                tensors.push(match &outcome {
+                    Some(outcome) if touches.stage(target.stage) && !not_seen => target.fit(outcome.stage(target.stage).view()),
+                    _ if touches.stage(target.stage) => TensorFit::default(),
+                    _ => same(tensors.len()),
+                });
+            }
+        }
+        if self.accumulated.is_some() {
+            tensors.push(match (of_step, &total) {
+                (Some(target), Some(total)) => target.fit(total.view()),
+                _ if touches.accumulated => TensorFit::default(),
+                _ => same(tensors.len()),
+            });
+        }
+        Fit { tensors }
+    }
+}

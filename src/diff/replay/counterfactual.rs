@@ -1,0 +1,305 @@
+//! How a fused cross-entropy computes, right or wrong, step by step.
+
+use super::approximate::Approximation;
+use crate::diff::step::Step;
+use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::problem::{Label, Problem};
+use fused_xent_kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
+use ndarray::Array2;
+
+/// Where the label's term goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LabelPlace {
+    /// To the label's column.
+    Right,
+    /// Nowhere.
+    Missing,
+    /// To the column after it (the last wraps to the first).
+    OffByOne,
+    /// Nowhere if the id is at an edge of a tile.
+    MissingOnTileEdge {
+        /// Vocab ids of a tile.
+        tile: usize,
+        /// Whether it is the tile's last id that loses its label, and not the first.
+        last: bool,
+    },
+    /// To the label's column, once for each of so many shards.
+    Repeated(usize),
+}
+
+/// What masked tokens do in the backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MaskedTokens {
+    /// Nothing.
+    TakeNoPart,
+    /// They count with weight 1 and the label they are stored with (none if that is no vocab id).
+    WithStoredLabel,
+    /// They count with weight 1 and label 0.
+    WithLabelZero,
+    /// They count with weight 1, without a label's term.
+    WithoutLabel,
+}
+
+/// What per-token factor enters the backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TokenFactor {
+    /// g.
+    Right,
+    /// The first token's g for all.
+    First,
+    /// The weights left out, the denominator not.
+    Unweighted,
+}
+
+/// How the label part of dK is summed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LabelSum {
+    /// In high precision.
+    Exact,
+    /// Each contribution rounded to bf16 once, then summed in high precision.
+    EachRounded,
+    /// Scatter-added in bf16: the running sum is rounded at every hit.
+    Bf16 {
+        /// Whether a contribution is rounded before it is added.
+        hits_rounded: bool,
+        /// What the hits are added to.
+        onto: ScatterOnto,
+    },
+}
+
+/// What label gradients are scatter-added to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ScatterOnto {
+    /// Zeros; the lse part, in high precision, is added afterwards.
+    Zeros,
+    /// Zeros; the lse part, rounded to bf16, is added afterwards.
+    ZerosThenBf16,
+    /// The lse part, rounded to bf16.
+    LsePart,
+}
+
+/// What the backward knows of the logit scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ScaleInBackward {
+    /// All.
+    Right,
+    /// The chain factor is left out.
+    NoFactor,
+    /// Nothing: logits, too, are computed as if it were 1.
+    One,
+}
+
+/// Tiles of dlogits that the backward skips.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Filter {
+    /// A tile is skipped if all its |dlogits/g| are below this.
+    pub eps: f64,
+    /// Tokens of a tile.
+    pub tokens: usize,
+    /// Vocab ids of a tile.
+    pub ids: usize,
+}
+
+/// How dK is summed over processes: each sums its own tokens, an equal share of them, and then the processes are added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ProcessSum {
+    /// How many.
+    pub processes: usize,
+    /// Whether they are added in bf16.
+    pub bf16: bool,
+}
+
+impl ProcessSum {
+    /// Where the share of each process of so many tokens ends.
+    pub(super) fn ends(self, tokens: usize) -> impl Iterator<Item = usize> {
+        (1..=self.processes).map(move |p| tokens * p / self.processes)
+    }
+}
+
+/// How a sum over chunks is kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bf16Sum {
+    /// Terms per chunk; the last may be shorter.
+    pub width: usize,
+    /// Whether a chunk's own sum is rounded before it is added.
+    pub parts_rounded: bool,
+}
+
+/// How a fused cross-entropy computes. The default is right.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Counterfactual {
+    /// Precision of the logits that enter lse, and that enter the backward.
+    pub forward_logits: Precision,
+    /// See `forward_logits`.
+    pub backward_logits: Precision,
+    /// Label logit summed in bf16 for the loss.
+    pub label_logit_bf16: bool,
+    /// lse − z_t subtracted in bf16.
+    pub loss_subtract_bf16: bool,
+    /// Zero columns that enter lse.
+    pub padding_in_lse: usize,
+    /// Vocab ids that lse does not see, [start, end).
+    pub lse_misses: Option<(usize, usize)>,
+    /// Precision in which the backward gets lse.
+    pub stored_lse: Precision,
+    /// Each of so many vocab shards normalises by its own lse.
+    pub local_lse_shards: usize,
+    /// Whether columns beyond `valid_vocab` take part.
+    pub padding_takes_part: bool,
+    /// The label's term.
+    pub label: LabelPlace,
+    /// Masked tokens.
+    pub masked: MaskedTokens,
+    /// Per-token factor.
+    pub token_factor: TokenFactor,
+    /// tanh′ left out of the lse part, and of the label part.
+    pub no_softcap_derivative: (bool, bool),
+    /// z-loss in the loss only.
+    pub no_z_loss_gradient: bool,
+    /// Label smoothing off in the backward.
+    pub no_label_smoothing: bool,
+    /// The logit scale in the backward.
+    pub scale: ScaleInBackward,
+    /// Precision of dlogits in the gradient products.
+    pub dlogits: Precision,
+    /// P kept in bf16, and 1 taken off at the label in bf16.
+    pub p_minus_one_bf16: bool,
+    /// g·q rounded to bf16 before the product for dK.
+    pub gq_bf16: bool,
+    /// Entries of dlogits from this vocab id on are 0 in the backward.
+    pub vocab_end: Option<usize>,
+    /// Entries of dlogits from this token on are 0 in the backward.
+    pub token_end: Option<usize>,
+    /// Only these vocab ids contribute to dQ.
+    pub dq_vocab: Option<(usize, usize)>,
+    /// Only these tokens contribute to dK.
+    pub dk_tokens: Option<(usize, usize)>,
+    /// Constant factors.
+    pub dq_factor: f64,
+    /// See `dq_factor`.
+    pub dk_factor: f64,
+    /// dQ as if every g were 1.
+    pub dq_without_g: bool,
+    /// dK as if every g were 1.
+    pub dk_without_g: bool,
+    /// dQ accumulated in bf16 over vocab tiles.
+    pub dq_sum: Option<Bf16Sum>,
+    /// dK accumulated in bf16 over token chunks.
+    pub dk_sum: Option<Bf16Sum>,
+    /// The label part of dK.
+    pub label_sum: LabelSum,
+    /// Exponentials and logarithms.
+    pub approximation: Approximation,
+    /// Tiles that the backward skips.
+    pub filter: Option<Filter>,
+    /// dK summed by process.
+    pub dk_processes: Option<ProcessSum>,
+    /// dK's parts rounded to bf16 before they are added.
+    pub dk_parts_bf16: bool,
+    /// Denominator: all tokens, masked ones too.
+    pub mean_over_all_tokens: bool,
+    /// Each microbatch by its own denominator, then the mean, in place of one denominator.
+    pub mean_of_means: bool,
+    /// Constant factor on the accumulated dK alone.
+    pub accumulated_factor: f64,
+    /// dK of the last microbatch overwrites the others'.
+    pub last_microbatch_only: bool,
+    /// dK accumulated in bf16 over microbatches.
+    pub microbatches_bf16: bool,
+}
+
+impl Default for Counterfactual {
+    fn default() -> Self {
+        Self {
+            forward_logits: Precision::F64,
+            backward_logits: Precision::F64,
+            label_logit_bf16: false,
+            loss_subtract_bf16: false,
+            padding_in_lse: 0,
+            lse_misses: None,
+            stored_lse: Precision::F64,
+            local_lse_shards: 1,
+            padding_takes_part: false,
+            label: LabelPlace::Right,
+            masked: MaskedTokens::TakeNoPart,
+            token_factor: TokenFactor::Right,
+            no_softcap_derivative: (false, false),
+            no_z_loss_gradient: false,
+            no_label_smoothing: false,
+            scale: ScaleInBackward::Right,
+            dlogits: Precision::F64,
+            p_minus_one_bf16: false,
+            gq_bf16: false,
+            vocab_end: None,
+            token_end: None,
+            dq_vocab: None,
+            dk_tokens: None,
+            dq_factor: 1.0,
+            dk_factor: 1.0,
+            dq_without_g: false,
+            dk_without_g: false,
+            dq_sum: None,
+            dk_sum: None,
+            label_sum: LabelSum::Exact,
+            approximation: Approximation::None,
+            filter: None,
+            dk_processes: None,
+            dk_parts_bf16: false,
+            mean_over_all_tokens: false,
+            mean_of_means: false,
+            accumulated_factor: 1.0,
+            last_microbatch_only: false,
+            microbatches_bf16: false,
+        }
+    }
+}
+
+pub(super) fn bf16(x: f64) -> f64 {
+    Precision::Bf16.round(x)
+}
+
+impl Counterfactual {
+    /// Adds microbatch `m`'s own dK, [V, D], to the step's accumulated one; microbatches come in order.
+    pub fn accumulate(&self, step: &Step, m: usize, own: &Array2<f64>, total: &mut Array2<f64>) {
+        let factor = step.accumulation_factor() * self.accumulated_factor;
+        if self.last_microbatch_only {
+            total.assign(&(own * factor));
+        } else if self.microbatches_bf16 && m > 0 {
+            total.zip_mut_with(own, |total, &own| *total = bf16(*total + bf16(own * factor)));
+        } else {
+            total.scaled_add(factor, own);
+        }
+        if self.microbatches_bf16 {
+            total.mapv_inplace(bf16);
+        }
+    }
+
+    pub(super) fn own_factor(&self, step: &Step, m: usize) -> f64 {
+        let mut factor = step.own_factor(m);
+        let counts = step.counts();
+        let valid: f64 = counts.iter().map(|c| c.weight).sum();
+        if self.mean_over_all_tokens && step.reduction.reduction == Reduction::Mean {
+            let over = |reduction: StepReduction| reduction.own_factor(&counts, m);
+            let right = over(step.reduction);
+            if right != 0.0 {
+                factor *= over(StepReduction { denominator: Denominator::Tokens, ..step.reduction }) / right;
+            }
+        }
+        if self.mean_of_means && step.reduction.microbatches == Microbatches::Global && counts[m].weight > 0.0 {
+            factor *= valid / (counts[m].weight * counts.len() as f64);
+        }
+        factor
+    }
+
+    /// g of every token, masked ones as `masked` says.
+    pub(super) fn cotangents(&self, problem: &Problem, factor: f64) -> Vec<f64> {
+        let weight = |n: usize| match (problem.labels()[n], self.masked) {
+            (Label::Masked, MaskedTokens::TakeNoPart) => 0.0,
+            (Label::Masked, _) => 1.0,
+            _ if self.token_factor == TokenFactor::Unweighted => 1.0,
+            _ if self.token_factor == TokenFactor::First => f64::from(problem.weights()[0]),
+            _ => f64::from(problem.weights()[n]),
+        };
+        (0..problem.shape().tokens).map(|n| factor * weight(n)).collect()
+    }
+}
