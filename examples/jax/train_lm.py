@@ -126,7 +126,7 @@ def make_step(options, capture, mesh):
     return jax.jit(step)
 
 
-def main() -> None:
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=61)
     parser.add_argument("--num-microbatches", type=int, default=2)
@@ -136,54 +136,73 @@ def main() -> None:
     parser.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--memory-limit", type=int, default=None, help="bytes of captured arrays that may wait for the disk")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a capture may take to be concluded")
-    parser.add_argument("--collectives", action="store_true", help="print how many collectives the step holds")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
 
-    join()
+
+def new_capture(options, mesh):
     from fused_xent import Capture
-    from fused_xent.capture import collectives
 
-    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
-
-    def place(x, *spec):
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*spec)), lambda index: x[index])
-
-    record = ("loss", "lse", "label_logits", "d_hidden", "d_unembedding") if options.path == "record" else ()
-    capture = Capture(
+    return Capture(
         options.dumps,
         loss={"reduction": "mean", "denominator": "valid", "microbatches": "global"},
         num_microbatches=options.num_microbatches,
         at_steps=options.capture_at,
-        record=record,
+        record=("loss", "lse", "label_logits", "d_hidden", "d_unembedding") if options.path == "record" else (),
         mesh=mesh,
         hidden_spec=P("fsdp"),
         unembedding_spec=P("fsdp"),
         memory_limit=options.memory_limit,
         timeout=options.timeout,
     )
-    with capture:
-        text = read_text()
-        w = jax.tree.map(lambda x: place(x, "fsdp"), new_parameters(0))
-        state = {"w": w, "first": jax.tree.map(jnp.zeros_like, w), "second": jax.tree.map(jnp.zeros_like, w)}
-        step = make_step(options, capture, mesh)
+
+
+class Trainer:
+    """A model in training, on all devices of all processes."""
+
+    def __init__(self, options, mesh, capture) -> None:
+        self.options, self.mesh, self.capture = options, mesh, capture
+        self.text = read_text()
+        w = jax.tree.map(lambda x: self.place(x, "fsdp"), new_parameters(0))
+        self.state = {"w": w, "first": jax.tree.map(jnp.zeros_like, w), "second": jax.tree.map(jnp.zeros_like, w)}
+        self.step = make_step(options, capture, mesh)
+
+    def place(self, x, *spec):
+        return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, P(*spec)), lambda index: x[index])
+
+    def batch(self, k):
+        """[M, B, S + 1]."""
+        return self.place(batch_of(self.text, k, self.options.num_microbatches), None, "fsdp")
+
+    def train(self, k):
+        """Takes step `k`. Returns its loss, and what the capture reports of it."""
+        self.state, loss, d_unembedding, (unembedding, outputs) = self.step(self.state, self.batch(k), k)
+        if self.options.path == "outputs":
+            hidden, targets, out = outputs
+            self.capture.write_step(k, hidden=hidden, targets=targets, unembedding=unembedding, **out)
+        return loss, self.capture.finish_step(k, d_unembedding=d_unembedding)
+
+    def checksum(self) -> str:
+        """Of this process's shards of weights and moments."""
+        crc = 0
+        for x in jax.tree.leaves(self.state):
+            for shard in x.addressable_shards:
+                crc = zlib.crc32(np.asarray(shard.data).tobytes(), crc)
+        return f"{crc:08x}"
+
+
+def main() -> None:
+    options = arguments()
+    join()
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
+    with new_capture(options, mesh) as capture:
+        trainer = Trainer(options, mesh, capture)
         for k in range(options.steps):
-            ids = place(batch_of(text, k, options.num_microbatches), None, "fsdp")
-            if k == 0 and options.collectives:
-                print("collectives", collectives(step.lower(state, ids, k).compile()), flush=True)
-            state, loss, d_unembedding, (unembedding, outputs) = step(state, ids, k)
-            if options.path == "outputs":
-                hidden, targets, out = outputs
-                capture.write_step(k, hidden=hidden, targets=targets, unembedding=unembedding, **out)
-            report = capture.finish_step(k, d_unembedding=d_unembedding)
+            loss, report = trainer.train(k)
             if report:
                 print(f"captured {report}", flush=True)
             if k % 20 == 0 or k == options.steps - 1:
                 print(f"step {k} loss {float(loss):.9f}", flush=True)
-    crc = 0
-    for x in jax.tree.leaves(state):
-        for shard in x.addressable_shards:
-            crc = zlib.crc32(np.asarray(shard.data).tobytes(), crc)
-    print(f"parameters {crc:08x}", flush=True)
+        print(f"parameters {trainer.checksum()}", flush=True)
 
 
 if __name__ == "__main__":
