@@ -123,7 +123,8 @@ def make_step(options, capture, mesh):
         new = {"w": w, "first": first, "second": second}
         return new, jnp.sum(loss), gradient["unembedding"], (unembedding, outputs)
 
-    return jax.jit(step)
+    # The state stays where it is; without saying so the second step might find it elsewhere, and be compiled anew.
+    return jax.jit(step, out_shardings=(sharding, None, sharding, None))
 
 
 def arguments(argv=None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+os.environ.setdefault("XENT_DIFF", str(ROOT / "target/debug/xent-diff"))
 sys.path += [str(ROOT / "examples/jax"), str(ROOT / "tests/python")]
 
 import ml_dtypes  # noqa: E402
