@@ -5,6 +5,7 @@ use crate::dump::{DumpError, DumpErrorKind, ElementType, Elements, FolderWriter,
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -100,8 +101,8 @@ pub struct BackgroundWriter {
     thread: Option<JoinHandle<()>>,
 }
 
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Status { jobs, bytes, .. } = *self.lock();
         f.debug_struct("Shared").field("jobs", &jobs).field("bytes", &bytes).finish_non_exhaustive()
     }
@@ -188,7 +189,7 @@ impl Drop for BackgroundWriter {
 
 /// How a folder stands.
 enum State {
-    Open(FolderWriter),
+    Open(Box<FolderWriter>),
     Committed,
     /// Why has been said.
     Failed,
@@ -234,7 +235,7 @@ impl Worker {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
                 let folder = entry.insert(Folder { state: State::Failed, seen: HashMap::new() });
-                folder.state = State::Open(self.capture.at(part.0).folder(part.1)?);
+                folder.state = State::Open(Box::new(self.capture.at(part.0).folder(part.1)?));
                 Ok(folder)
             }
         }
