@@ -1,9 +1,13 @@
 """The writer for arrays of numpy and of others."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import folders, merged, same
+from conftest import ROOT, folders, merged, same
 
 from fused_xent import CaptureError, Writer
 
@@ -105,3 +109,10 @@ def test_a_step_is_not_written_over(tmp_path):
                 writer.close()
         else:
             writer.close()
+
+
+def test_the_example_is_found_healthy(tmp_path):
+    example = ROOT / "examples/numpy/capture_step.py"
+    subprocess.run([sys.executable, example, tmp_path / "dump"], check=True, timeout=120)
+    judged = subprocess.run([os.environ["XENT_DIFF"], tmp_path / "dump"], capture_output=True, text=True, timeout=120)
+    assert judged.returncode == 0, judged.stdout
