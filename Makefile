@@ -1,8 +1,8 @@
 CARGO ?= cargo
 
-.PHONY: test lint unit samples aarch64 bench bench-peers dumps
+.PHONY: test lint unit python samples aarch64 bench bench-peers dumps
 
-test: lint unit samples
+test: lint unit python samples
 
 lint:
 	$(CARGO) fmt --all --check
@@ -15,6 +15,15 @@ unit:
 	else \
 	    echo "SKIPPED, for want of python3 with numpy and ml_dtypes, the tests that cargo shows below as ignored"; \
 	    $(CARGO) test --workspace; \
+	fi
+
+# The wheel's own tests, many of them in several processes; each has a time limit.
+python:
+	@if tests/scripts/python-venv && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	    $(CARGO) build && VIRTUAL_ENV="$(CURDIR)/.venv" .venv/bin/maturin develop --quiet --manifest-path python/Cargo.toml && \
+	    XENT_DIFF="$(CURDIR)/target/debug/xent-diff" .venv/bin/python -m pytest -q -p no:cacheprovider tests/python; \
+	else \
+	    echo "SKIPPED the tests of the Python wheel, for want of python3 of version 3.11 or later with jax"; \
 	fi
 
 samples:

@@ -2,6 +2,7 @@
 //!
 //! Calls are synchronous: when one returns, its arrays are on disk and may be overwritten. A capture only reads what it is
 //! given, and every error comes back from the call in which it happened. A folder appears to readers only once it is whole.
+//! Where training must not wait for the disk, [`BackgroundWriter`] writes from a thread of its own.
 //!
 //! ```
 //! use fused_xent::capture::{Capture, CaptureOptions, CaptureSteps, MicrobatchInputs, MicrobatchOutputs};
@@ -32,6 +33,10 @@
 //! # Ok(())
 //! # }
 //! ```
+
+mod background;
+
+pub use background::{BackgroundWriter, Failure, OwnedElements, Part};
 
 use crate::dump::{DumpError, DumpErrorKind, Elements, FolderId, FolderWriter, LossSettings, Placement, Region, check_contract};
 use fused_xent_kernels::problem::{Floats, Layout, Targets};
@@ -157,9 +162,13 @@ impl Capture {
         if !self.captures(step) {
             return Ok(None);
         }
-        let capture = Self { id: FolderId { step, ..self.id.clone() }, ..self.clone() };
+        let capture = self.at(step);
         let shared = capture.folder(None)?;
         Ok(Some(StepCapture { capture, shared, unembedding: None }))
+    }
+
+    fn at(&self, step: u64) -> Self {
+        Self { id: FolderId { step, ..self.id.clone() }, ..self.clone() }
     }
 
     fn folder(&self, microbatch: Option<usize>) -> Result<FolderWriter, DumpError> {

@@ -1,0 +1,56 @@
+"""A fused loss with a backward of its own, healthy or with a real bug put into it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+FAULTS = ("label-scatter-bf16", "gq-bf16", "mean-of-means")
+"""By their names in the fault catalogue. mean-of-means is the trainer's doing, not the loss's."""
+
+
+def fused_loss(fault: str | None):
+    """`loss(hidden, targets, unembedding)`: {"loss", "lse", "label_logits"} per token, each [B, S] float32, 0 where masked.
+
+    hidden [B, S, D] bfloat16; targets [B, S] int32, below 0: masked; unembedding [V, D] float32 whose values are bfloat16's.
+    Sums are float32; dQ is bfloat16, dK float32.
+    """
+
+    def logits_of(hidden, unembedding):
+        return jnp.einsum("bsd,vd->bsv", hidden, unembedding.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    def forward(hidden, targets, unembedding):
+        valid = targets >= 0
+        logits = logits_of(hidden, unembedding)
+        lse = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1), 0.0)
+        label = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        label = jnp.where(valid, label, 0.0)
+        return {"loss": lse - label, "lse": lse, "label_logits": label}, (hidden, targets, unembedding, lse)
+
+    def backward(saved, cotangents):
+        hidden, targets, unembedding, lse = saved
+        vocab = unembedding.shape[0]
+        g = jnp.where(targets >= 0, cotangents["loss"], 0.0)
+        p = jnp.exp(logits_of(hidden, unembedding) - lse[..., None])
+        onehot = jax.nn.one_hot(targets, vocab, dtype=jnp.float32)
+        wide, wide_k = hidden.astype(jnp.float32), unembedding
+        product = functools.partial(jnp.einsum, precision="highest")
+        d_hidden = product("bsv,vd->bsd", g[..., None] * (p - onehot), wide_k).astype(jnp.bfloat16)
+        gq = g[..., None] * wide
+        if fault == "label-scatter-bf16":
+            label = jnp.zeros(unembedding.shape, jnp.bfloat16)
+            label = label.at[targets.reshape(-1)].add(-gq.reshape(-1, gq.shape[-1]).astype(jnp.bfloat16), mode="drop")
+            d_unembedding = product("bsv,bsd->vd", p, gq) + label.astype(jnp.float32)
+        elif fault == "gq-bf16":
+            rounded = gq.astype(jnp.bfloat16).astype(jnp.float32)
+            d_unembedding = product("bsv,bsd->vd", p, rounded) - product("bsv,bsd->vd", onehot, gq)
+        else:
+            d_unembedding = product("bsv,bsd->vd", g[..., None] * (p - onehot), wide)
+        return d_hidden, None, d_unembedding
+
+    @jax.custom_vjp
+    def loss(hidden, targets, unembedding):
+        return forward(hidden, targets, unembedding)[0]
+
+    loss.defvjp(forward, backward)
+    return loss

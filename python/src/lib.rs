@@ -1,0 +1,10 @@
+//! The native half of the Python module `fused_xent`: `fused_xent._native`.
+
+mod capture;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    capture::register(module)
+}
