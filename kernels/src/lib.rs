@@ -47,6 +47,7 @@ pub mod problem;
 pub mod reduction;
 pub mod reference;
 pub mod shard;
+pub mod stablehlo;
 mod tiled;
 pub mod vjp;
 
