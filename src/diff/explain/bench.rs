@@ -56,6 +56,8 @@ impl Fit {
 /// One tensor of the candidate, in all of its rows or in some.
 struct Target<'a> {
     stage: Stage,
+    /// Which of the bench's rows; `None` is all.
+    rows: Option<Vec<usize>>,
     candidate: CowArray<'a, f64, Ix2>,
     /// Whether the whole tensor diverges.
     diverges: bool,
@@ -68,13 +70,41 @@ struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// Of these rows (`None`: all) of a tensor.
+    /// Of these rows (`None`: all) of a tensor: one target, or two of a tensor that diverges in rows too few to move its norm.
+    /// Only these rows are then to be explained, and the others to be left alone.
+    fn of_tensor(
+        values: &'a Values,
+        tolerance: &Tolerance,
+        reference: ArrayView2<f64>,
+        rows: Option<&[usize]>,
+        (stage, report): (Stage, &TensorReport),
+    ) -> Vec<Self> {
+        let diverges = report.verdict == Verdict::Diverge;
+        let row = |place: usize| rows.map_or(place, |rows| rows[place]);
+        let off = |&place: &usize| {
+            let row = row(place);
+            let deviation = &values.values.row(row) - &reference.row(row);
+            deviation.dot(&deviation).sqrt() > tolerance.limit(row..row + 1)
+        };
+        let places = 0..rows.map_or(reference.nrows(), <[usize]>::len);
+        let few = diverges && report.ratio <= report.ratio_limit;
+        let (bad, good): (Vec<usize>, Vec<usize>) = if few { places.partition(off) } else { (vec![], vec![]) };
+        if bad.is_empty() || good.is_empty() {
+            return vec![Self::new(values, tolerance, reference, rows, (stage, diverges))];
+        }
+        let part = |(places, diverges): (Vec<usize>, bool)| {
+            let rows: Vec<usize> = places.iter().map(|&place| row(place)).collect();
+            Self { rows: Some(places), ..Self::new(values, tolerance, reference, Some(&rows), (stage, diverges)) }
+        };
+        [(bad, true), (good, false)].map(part).into()
+    }
+
     fn new(
         values: &'a Values,
         tolerance: &Tolerance,
         reference: ArrayView2<f64>,
         rows: Option<&[usize]>,
-        of: (Stage, &TensorReport),
+        (stage, diverges): (Stage, bool),
     ) -> Self {
         fn some<'x>(x: ArrayView2<'x, f64>, rows: Option<&[usize]>) -> CowArray<'x, f64, Ix2> {
             rows.map_or_else(|| x.into(), |rows| x.select(Axis(0), rows).into())
@@ -88,8 +118,7 @@ impl<'a> Target<'a> {
             size => (size, tolerance.l2(all.clone())),
         };
         let ratio_limit = (tolerance.limit(all.clone()) / tolerance.l2(all)).max(RATIO_LIMIT);
-        let diverges = of.1.verdict == Verdict::Diverge;
-        let mut target = Self { stage: of.0, candidate, diverges, size, floor, ratio_limit, base: TensorFit::default() };
+        let mut target = Self { stage, rows: None, candidate, diverges, size, floor, ratio_limit, base: TensorFit::default() };
         target.base = target.fit(reference.view());
         if diverges {
             // It may do so with its norm at the floor: by a factor, or in few elements.
@@ -98,8 +127,13 @@ impl<'a> Target<'a> {
         target
     }
 
+    /// How the bench's rows fit that are `computed`.
     fn fit(&self, computed: ArrayView2<f64>) -> TensorFit {
-        let deviation = self.candidate.iter().zip(computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
+        let computed: CowArray<f64, Ix2> = match &self.rows {
+            None => computed.into(),
+            Some(rows) => computed.select(Axis(0), rows).into(),
+        };
+        let deviation = self.candidate.iter().zip(&computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
         if deviation == 0.0 || self.size == 0.0 {
             return TensorFit::default();
         }
@@ -108,7 +142,7 @@ impl<'a> Target<'a> {
         }
         let excess = if self.diverges { deviation } else { (deviation - self.ratio_limit * self.floor).max(0.0) };
         // A gradient that a fault scales carries a floor scaled alike.
-        let ratio = deviation / (self.floor * (norm(computed) / self.size).max(SMALLEST_SCALE));
+        let ratio = deviation / (self.floor * (norm(computed.view()) / self.size).max(SMALLEST_SCALE));
         let floor = if self.diverges { (self.floor / self.size).powi(2) } else { 0.0 };
         TensorFit { left: (excess / self.size).powi(2), floor, ratio, of_limit: ratio / self.ratio_limit }
     }
@@ -142,7 +176,7 @@ pub(super) struct Bench<'a> {
     case: &'a Case<'a>,
     rows: Vec<Rows>,
     microbatches: Vec<Vec<Target<'a>>>,
-    accumulated: Option<Target<'a>>,
+    accumulated: Vec<Target<'a>>,
 }
 
 impl<'a> Bench<'a> {
@@ -158,7 +192,7 @@ impl<'a> Bench<'a> {
                 let stages = case.produced.microbatches[place].iter().zip(&case.microbatches[place].tensors);
                 let target = |((&stage, values), report): ((&Stage, &'a Values), &TensorReport)| {
                     let tolerance = &case.tolerances.microbatches[place][&stage];
-                    Target::new(
+                    Target::of_tensor(
                         values,
                         tolerance,
                         truth.outcome.stage(stage).view(),
@@ -166,14 +200,16 @@ impl<'a> Bench<'a> {
                         (stage, report),
                     )
                 };
-                stages.map(target).collect()
+                stages.flat_map(target).collect()
             })
             .collect();
         let accumulated = case.accumulated.and_then(|report| {
             let (values, stage) = (case.produced.accumulated.as_ref()?, Stage::AccumulatedDUnembedding);
             let (tolerance, reference) = case.tolerances.accumulated.as_ref()?;
-            Some(Target::new(values, tolerance, reference.view(), places(0, Stage::DUnembedding).as_deref(), (stage, report)))
+            let rows = places(0, Stage::DUnembedding);
+            Some(Target::of_tensor(values, tolerance, reference.view(), rows.as_deref(), (stage, report)))
         });
+        let accumulated = accumulated.unwrap_or_default();
         Self { case, rows: rows.map_or(vec![], |(_, rows)| rows), microbatches, accumulated }
     }
 
@@ -192,8 +228,8 @@ impl<'a> Bench<'a> {
     pub fn fit(&self, excerpts: Option<&[Excerpt]>, trial: &Trial, otherwise: Option<&Fit>, side: Side) -> Fit {
         let Trial { how, touches } = trial;
         let case = self.case;
-        let of_step = self.accumulated.as_ref().filter(|_| touches.accumulated && side == Side::Both);
-        let of_ids = (touches.d_unembedding && side == Side::Both) || of_step.is_some();
+        let of_step = !self.accumulated.is_empty() && touches.accumulated && side == Side::Both;
+        let of_ids = (touches.d_unembedding && side == Side::Both) || of_step;
         let wanted = Wanted { d_hidden: touches.d_hidden, d_unembedding: of_ids };
         let mut total: Option<Array2<f64>> = None;
         let mut tensors = Vec::new();
@@ -205,7 +241,7 @@ impl<'a> Bench<'a> {
                 Some(excerpts) => excerpts[place].replay(how, &self.rows[place], wanted),
                 None => how.replay(case.step, m, wanted),
             });
-            if let (Some(outcome), true) = (&outcome, of_step.is_some()) {
+            if let (Some(outcome), true) = (&outcome, of_step) {
                 let own = outcome.stage(Stage::DUnembedding);
                 how.accumulate(case.step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
             }
@@ -218,9 +254,9 @@ impl<'a> Bench<'a> {
                 });
             }
         }
-        if self.accumulated.is_some() {
-            tensors.push(match (of_step, &total) {
-                (Some(target), Some(total)) => target.fit(total.view()),
+        for target in &self.accumulated {
+            tensors.push(match total.as_ref().filter(|_| of_step) {
+                Some(total) => target.fit(total.view()),
                 _ if touches.accumulated => TensorFit::default(),
                 _ => same(tensors.len()),
             });

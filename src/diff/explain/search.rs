@@ -84,13 +84,12 @@ impl<'a> Search<'a> {
             return faults;
         }
         // What needs to be learnt of all tokens is worth it only for what explains the rows of the sampled ones.
-        let (cheap, costly): (Vec<Fault>, Vec<Fault>) = faults.into_iter().partition(|fault| {
+        let (mut cheap, costly): (Vec<Fault>, Vec<Fault>) = faults.into_iter().partition(|fault| {
             let trial = self.trial(fault, applied);
             !trial.touches.d_unembedding || self.excerpts.iter().all(|excerpt| excerpt.knows(&trial.how))
         });
-        let mut bounded = self.bounded(costly, applied, &current);
-        let filters = self.filters(&bounded, applied, &current);
-        bounded.extend(self.bounded(filters, applied, &current));
+        let bounded = self.bounded(costly, applied, &current);
+        cheap.extend(self.filters(&bounded, applied, &current));
         let mut fits = self.fits(cheap, applied, &current, |s| &s.few);
         let best = fits.first().map_or(f64::INFINITY, |(_, fit)| fit.left());
         let costly = kept(bounded, current.left(), best);
@@ -115,17 +114,14 @@ impl<'a> Search<'a> {
             Fault::GradientFilter(filter) => Some((*left, filter)),
             _ => None,
         });
-        let scouts = filters.min_by(|a, b| a.0.total_cmp(&b.0));
         let there_is = self.few.left_of_tokens(current);
-        let Some((left, Filter { eps: least, .. })) = scouts.filter(|_| there_is > 0.0) else { return vec![] };
+        let scouts = filters.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(left, _)| *left < GOOD_PART * there_is);
         let work = |m: &usize| self.case.step.microbatches[*m].problem.unembedding().len();
-        let thresholds: Vec<f64> = if left <= GOOD_PART * there_is {
+        let thresholds: Vec<f64> = match scouts {
             // More tokens in a tile: fewer tiles below a threshold, so that it is higher.
-            THRESHOLDS.into_iter().filter(|eps| (0.5..200.0).contains(&(eps / least))).collect()
-        } else if self.case.judged.iter().map(work).sum::<usize>() <= LITTLE_WORK {
-            THRESHOLDS.to_vec()
-        } else {
-            return vec![];
+            Some((_, Filter { eps, .. })) => THRESHOLDS.into_iter().filter(|t| (0.5..200.0).contains(&(t / eps))).collect(),
+            None if self.case.judged.iter().map(work).sum::<usize>() <= LITTLE_WORK => THRESHOLDS.to_vec(),
+            None => return vec![],
         };
         let faults: Vec<Fault> = thresholds
             .into_iter()
@@ -215,12 +211,16 @@ impl<'a> Search<'a> {
         if !good {
             return None;
         }
-        // Among equal fits the most specific fault is named.
+        // Among equal fits the most specific fault is named; one that follows what was recorded gives way to any formula that fits.
+        let (best_fault, _) = &fits[0];
+        let alike = |fault: &Fault, fit: &Fit| {
+            fit.left() <= best * EQUAL || (best_fault.is_generic() && fault.slug() == best_fault.slug() && fit.at_floor())
+        };
         let (place, (fault, fit)) = fits
             .iter()
             .enumerate()
-            .take_while(|(_, (_, f))| f.left() <= best * EQUAL)
-            .min_by_key(|(_, (f, _))| f.is_generic())?;
+            .filter(|(_, (fault, fit))| alike(fault, fit))
+            .min_by_key(|(_, (fault, _))| fault.is_generic())?;
         let left = fit.left();
         let equal = |f: &Fit| f.left() <= left * EQUAL || (f.at_floor() && f.left() <= left * CLEARLY);
         let mut same: Vec<String> = Vec::new();

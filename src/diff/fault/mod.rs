@@ -130,7 +130,7 @@ impl Fault {
         self.entry().slug
     }
 
-    /// Whether it is no more than a factor, which a more specific fault may make too.
+    /// Whether a more specific fault may make the same: it is no more than a factor, or follows what was recorded.
     pub fn is_generic(&self) -> bool {
         matches!(
             self,
@@ -138,6 +138,7 @@ impl Fault {
                 | Fault::NotAveragedOverMicrobatches { .. }
                 | Fault::DqCotangentMissing { .. }
                 | Fault::DkCotangentMissing { .. }
+                | Fault::ApproximateExpLog(Approximation::AsRecorded)
         )
     }
 
