@@ -256,8 +256,8 @@ impl View<'_> {
     /// Judges a candidate under the strictest of its contracts under which it agrees.
     ///
     /// Where none fits, it is judged under the strictest that its dQ fits. A kernel that rounds dlogits shows it in dQ and in
-    /// dK: a contract whose floor one of them stays far below in every microbatch, since it is at the floor of the strictest
-    /// contract, is not the one that it keeps.
+    /// dK: where one of them keeps the strictest contract, a contract whose floor one of them stays far below, in every
+    /// microbatch, is not the one that the kernel keeps.
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
         let mut chosen: Option<(CandidateReport, Tolerances)> = None;
         let mut at_the_strictest: Option<Vec<Stage>> = None;
@@ -279,10 +279,11 @@ impl View<'_> {
             let strict =
                 at_the_strictest.get_or_insert_with(|| gradients.into_iter().filter(|&stage| agrees(&compared, stage)).collect());
             let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
-            if compared.verdict == Verdict::Agree && !strict.iter().any(far_below) {
+            let one_is_far_below = gradients.iter().any(far_below);
+            if compared.verdict == Verdict::Agree && (strict.is_empty() || !one_is_far_below) {
                 return Ok(compared);
             }
-            if gradients.iter().any(far_below) {
+            if one_is_far_below {
                 continue;
             }
             if !chosen.as_ref().is_some_and(|(report, _)| agrees(report, Stage::DHidden)) {
