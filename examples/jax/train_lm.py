@@ -149,6 +149,8 @@ def new_capture(options, mesh):
         num_microbatches=options.num_microbatches,
         at_steps=options.capture_at,
         record=("loss", "lse", "label_logits", "d_hidden", "d_unembedding") if options.path == "record" else (),
+        # What fused_loss promises. Undeclared, a kernel that rounds dlogits to bfloat16 would be honest too.
+        contract={"dlogits": "f32", "accumulate": "f32", "d_hidden": "bf16", "d_unembedding": "f32"},
         mesh=mesh,
         hidden_spec=P("fsdp"),
         unembedding_spec=P("fsdp"),
