@@ -45,13 +45,57 @@ fn dumps() -> TempDir {
 }
 
 #[test]
+fn a_contract_can_be_given() {
+    let folder = dumps();
+    let synth = [
+        "synth",
+        "rounded",
+        "--tokens",
+        "64",
+        "--hidden",
+        "16",
+        "--vocab",
+        "50",
+        "--gradients",
+        "f32",
+        "--fault",
+        "dlogits-bf16",
+    ];
+    assert_eq!(xent_diff(folder.path(), &synth).code, Some(0));
+    let judged = |contract: &[&str]| {
+        let arguments = [&["rounded", "--candidate", "recorded", "--json", "-"], contract].concat();
+        let Ended { code, out, err } = xent_diff(folder.path(), &arguments);
+        let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {err}"));
+        let candidate = &report["candidates"][0];
+        (code, candidate["contract"]["source"].clone(), candidate["findings"][0]["cause"].clone())
+    };
+    assert_eq!(judged(&[]), (Some(0), "assumed".into(), Value::Null));
+    assert_eq!(judged(&["--contract", "dlogits=bf16, d_unembedding=f32"]), (Some(0), "given".into(), Value::Null));
+    assert_eq!(judged(&["--contract", "dlogits=f32"]), (Some(1), "given".into(), "dlogits-bf16".into()));
+    refused(folder.path(), &["dumps/healthy", "--contract", "dlogit=f32"], "dlogits");
+    refused(folder.path(), &["dumps/healthy", "--contract", "dlogits=f31"], "bf16x2");
+    refused(folder.path(), &["dumps/healthy", "--contract", "dlogits"], "dlogits=bf16");
+}
+
+#[test]
 fn help_and_version_go_to_standard_output() {
     let here = Path::new(".");
     let help = xent_diff(here, &["--help"]);
     assert_eq!((help.code, help.err.as_str()), (Some(0), ""));
-    for word in
-        ["verify", "info", "synth", "faults", "--json", "--html", "--md", "--baseline", "--candidate", "--quiet", "Exit codes"]
-    {
+    for word in [
+        "verify",
+        "info",
+        "synth",
+        "faults",
+        "--json",
+        "--html",
+        "--md",
+        "--baseline",
+        "--candidate",
+        "--contract",
+        "--quiet",
+        "Exit codes",
+    ] {
         assert!(help.out.contains(word), "{word}");
     }
     let version = xent_diff(here, &["--version"]);

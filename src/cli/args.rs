@@ -4,9 +4,10 @@ use super::output::Target;
 use crate::diff::Candidate;
 use crate::diff::fault::Fault;
 use crate::diff::synth::Regime;
-use crate::dump::LossSettings;
+use crate::dump::{LossSettings, check_contract};
 use crate::kernels::contract::Precision;
 use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -52,6 +53,10 @@ pub struct Judge {
     /// Judge this candidate: recorded, cpu, or cpu:KERNEL; may be repeated [default: recorded where there is any, and cpu]
     #[arg(long = "candidate", value_name = "C")]
     pub candidates: Vec<Candidate>,
+    /// Hold recorded gradients to this contract, such as dlogits=f32,d_hidden=bf16,d_unembedding=f32: logits, dlogits, accumulate,
+    /// d_hidden, d_unembedding, each f64, f32, bf16x2, f16 or bf16 [default: what the dump declares, else the strictest that fits]
+    #[arg(long, value_name = "MEMBER=PRECISION,...", value_parser = contract)]
+    pub contract: Option<Value>,
     /// Judge only so many rows of dQ in each microbatch and of dK [default: all; 256 of a step that is too large for it]
     #[arg(long, value_name = "ROWS", num_args = 0..=1, default_missing_value = "256", value_parser = rows)]
     pub sample: Option<NonZeroUsize>,
@@ -201,6 +206,14 @@ fn ranges(text: &str) -> Result<Ranges, String> {
     let all = text.split(',').map(|part| range(part).ok_or(part));
     all.collect::<Result<_, _>>()
         .map_err(|part| format!("{part:?} is neither a row, such as 17, nor a range of them, such as 64..96"))
+}
+
+fn contract(text: &str) -> Result<Value, String> {
+    let member = |part: &str| part.split_once('=').map(|(name, precision)| (name.trim().into(), precision.trim().into()));
+    let members = text.split(',').map(|part| member(part).ok_or_else(|| format!("{part:?} is not of the form dlogits=bf16")));
+    let contract = Value::Object(members.collect::<Result<_, _>>()?);
+    check_contract(Some(&contract), "--contract").map_err(|error| error.to_string())?;
+    Ok(contract)
 }
 
 fn loss(text: &str) -> Result<LossSettings, String> {

@@ -38,7 +38,13 @@ pub fn run(args: &Judge, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
         (_, Some(rows)) => Sampling::Rows(rows),
         _ => Sampling::BySize,
     };
-    let settings = Settings { candidates: args.candidates.clone(), step: args.step, microbatch: args.microbatch, sampling };
+    let settings = Settings {
+        candidates: args.candidates.clone(),
+        step: args.step,
+        microbatch: args.microbatch,
+        sampling,
+        contract: args.contract.clone(),
+    };
     let shown = !targets.contains(&&Target::Stdout);
     let mut reports = Vec::new();
     let mut at_fault = 0;

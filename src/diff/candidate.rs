@@ -27,6 +27,6 @@ pub struct Produced {
     pub accumulated: Option<Values>,
     /// The contracts that it may have kept, strictest first, and how they are known.
     pub contracts: Vec<Contract>,
-    /// `declared` or `assumed`.
+    /// `declared`, `given` or `assumed`.
     pub contract_source: &'static str,
 }

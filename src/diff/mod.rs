@@ -59,6 +59,8 @@ pub struct Settings {
     pub microbatch: Option<usize>,
     /// How many rows of dQ and dK.
     pub sampling: Sampling,
+    /// What recorded gradients are held to, in place of what the dump declares or what fits them: a manifest's `contract`.
+    pub contract: Option<serde_json::Value>,
 }
 
 /// Who computed the gradients that are judged.
@@ -212,7 +214,7 @@ fn judge_step(
     };
     for candidate in candidates {
         let made = match candidate {
-            Candidate::Recorded => recorded::produce(dumped, &view)?,
+            Candidate::Recorded => recorded::produce(dumped, &view, settings.contract.as_ref())?,
             Candidate::Cpu(kernel) => vec![cpu::produce(kernel, &view)?],
         };
         if made.is_empty() && !settings.candidates.is_empty() {

@@ -11,7 +11,8 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What the run recorded, and for each process whose copies of it differ, what that process has; nothing if nothing is recorded.
-pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffError> {
+/// A contract that is `given` stands in place of the declared one.
+pub(super) fn produce(dumped: &Step, view: &View, given: Option<&Value>) -> Result<Vec<Produced>, DiffError> {
     let mut found = Vec::new();
     for (place, &m) in view.judged.iter().enumerate() {
         let folder = dumped.folder(view.step.microbatches[m].index)?;
@@ -31,6 +32,11 @@ pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffE
     }
     let folders = view.judged.iter().filter_map(|&m| dumped.microbatches.get(&view.step.microbatches[m].index));
     let declared = folders.chain([&dumped.shared]).find_map(Folder::contract);
+    let (contract, contract_source) = match (given, declared) {
+        (Some(given), _) => (Some(given), "given"),
+        (None, Some(declared)) => (Some(declared), "declared"),
+        (None, None) => (None, "assumed"),
+    };
     let input = Precision::from(view.step.microbatches[view.judged[0]].problem.hidden().dtype());
     let mut of_processes: BTreeMap<Option<usize>, Produced> = BTreeMap::new();
     for Found { process, place, stage, values } in found {
@@ -42,7 +48,7 @@ pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffE
             microbatches: vec![BTreeMap::new(); view.judged.len()],
             accumulated: None,
             contracts: vec![],
-            contract_source: if declared.is_some() { "declared" } else { "assumed" },
+            contract_source,
         });
         match place {
             Some(place) => drop(produced.microbatches[place].insert(stage, values)),
@@ -50,7 +56,7 @@ pub(super) fn produce(dumped: &Step, view: &View) -> Result<Vec<Produced>, DiffE
         }
     }
     let with_contracts = |mut produced: Produced| {
-        produced.contracts = contracts(&produced, declared, input);
+        produced.contracts = contracts(&produced, contract, input);
         produced
     };
     Ok(of_processes.into_values().map(with_contracts).collect())
@@ -76,7 +82,7 @@ fn read(found: &mut Vec<Found>, place: Option<usize>, stage: Stage, recorded: &R
     }
 }
 
-/// The contracts that the run may have kept: as declared, else every honest one.
+/// The contracts that the run may have kept: as declared or given, else every honest one.
 fn contracts(produced: &Produced, declared: Option<&Value>, input: Precision) -> Vec<Contract> {
     let precision = |stage: Stage| produced.microbatches.iter().find_map(|stages| stages.get(&stage)).map(|v| v.precision);
     let d_unembedding = precision(Stage::DUnembedding).or(produced.accumulated.as_ref().map(|v| v.precision));

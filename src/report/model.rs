@@ -95,7 +95,7 @@ pub struct SampleReport {
 /// A numeric contract and where it comes from.
 #[derive(Clone, Debug, Serialize)]
 pub struct ContractReport {
-    /// `declared` by the kernel or the dump, or `assumed`.
+    /// `declared` by the kernel or the dump, `given` by the caller, or `assumed`.
     pub source: &'static str,
     /// Precision of g, if it was taken to be rounded to 16 bits.
     #[serde(skip_serializing_if = "Option::is_none")]
