@@ -220,15 +220,23 @@ class Capture:
 
         The gradients are what arrives at `fn`'s arguments in the backward, whatever rule `fn` has.
         """
+
+        def called(hidden, targets, unembedding, token_weights):
+            return fn(hidden, targets, unembedding, *(() if token_weights is None else (token_weights,)))
+
         if self.dir is None:
-            return lambda step, microbatch, *inputs: fn(*(x for x in inputs if x is not None))
+            return functools.wraps(fn)(
+                lambda step, microbatch, hidden, targets, unembedding, token_weights=None: called(
+                    hidden, targets, unembedding, token_weights
+                )
+            )
 
         def recorded(step, microbatch, hidden, targets, unembedding, token_weights=None):
             pieces = self._inputs(step, microbatch, hidden, targets, unembedding, token_weights, self._names)
             step, microbatch = jnp.asarray(step, jnp.int32), jnp.asarray(microbatch, jnp.int32)
             hidden = self._tap("d_hidden", pieces, step, microbatch, hidden)
             unembedding = self._tap("d_unembedding", pieces, step, microbatch, unembedding)
-            out = fn(hidden, targets, unembedding, *(() if token_weights is None else (token_weights,)))
+            out = called(hidden, targets, unembedding, token_weights)
             values = out if isinstance(out, Mapping) else {"loss": out}
             for name in set(self._names) & {*PER_TOKEN, *COTANGENTS}:
                 value = values.get(name.removeprefix("d_"))
@@ -256,7 +264,7 @@ class Capture:
         return self._hidden_spec
 
     def _inputs(self, step, microbatch, hidden, targets, unembedding, token_weights, names) -> dict[str, int]:
-        if names != self._names and not names:
+        if self._names and not names:
             missing = ", ".join(self._names)
             raise ValueError(f"capture: {missing} cannot be captured from the inputs: wrap the loss with record and call that")
         arrays = {"hidden": hidden, "targets": targets, "unembedding": unembedding}

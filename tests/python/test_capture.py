@@ -263,6 +263,7 @@ def test_off_does_nothing(tmp_path):
     capture(0, 0, x[0], targets[0], w)
     fn = lambda *inputs: len(inputs)
     assert capture.record(fn)(0, 0, x, targets, w) == 3
+    assert capture.record(fn)(0, 0, x, targets, w, token_weights=weights) == 4
     assert capture.finish_step(0) is None and not capture.captures(0)
     capture.write_step(0, hidden=x, targets=targets, unembedding=w)
     capture.close()
