@@ -14,7 +14,7 @@ use std::ops::Range;
 /// multiplies P there and o the onehot: for the plain loss, and any cotangent of it, if P ≤ threshold, or 1 − P at the label. Of
 /// what is small as much is left out as lies in whole words of the products; nothing else is.
 ///
-/// The bound is exact, and can be had for each element: with ‖·‖ the maximum norm,
+/// The bound is exact, and can be had for each element:
 ///
 /// ```text
 /// |dQ[n, d] without − with filter| ≤ small_of_tokens()[n] · max_v |K[v, d]|

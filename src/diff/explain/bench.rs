@@ -2,7 +2,7 @@
 
 use super::Case;
 use crate::diff::candidate::Values;
-use crate::diff::compare::RATIO_LIMIT;
+use crate::diff::compare::{RATIO_LIMIT, norm};
 use crate::diff::fault::Touches;
 use crate::diff::replay::{Counterfactual, Excerpt, Outcome, Rows, Wanted};
 use crate::diff::truth::{RowsAre, Stage};
@@ -146,10 +146,6 @@ impl<'a> Target<'a> {
         let floor = if self.diverges { (self.floor / self.size).powi(2) } else { 0.0 };
         TensorFit { left: (excess / self.size).powi(2), floor, ratio, of_limit: ratio / self.ratio_limit }
     }
-}
-
-fn norm(x: ArrayView2<f64>) -> f64 {
-    x.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
 /// How far a floor shrinks with the gradient.
