@@ -1,7 +1,7 @@
 //! Plugins: where they are, and how they are loaded.
 
 use super::error::PjrtError;
-use super::options::Options;
+use super::options::{Options, Value};
 use super::sys::{self, Api};
 use super::{Client, Topology};
 use libloading::Library;
@@ -34,8 +34,9 @@ impl Plugin {
     /// the wheels jax-cuda*-pjrt and jax-rocm*-pjrt. Wheels are looked for in the active virtual environment, in `.venv`, and
     /// where pip installs for the user and for all.
     ///
-    /// Where no TPU is attached, libtpu is told by its own variables (`TPU_SKIP_MDS_QUERY` and others, unless set) not to wait
-    /// for one. They are set for this process: load it before other threads read the environment.
+    /// Plugins are told by variables of their own, unless these are set, to log warnings only (`TF_CPP_MIN_LOG_LEVEL`), and
+    /// libtpu, where no TPU is attached, not to wait for one (`TPU_SKIP_MDS_QUERY` and others). They are set for this process: load
+    /// plugins before other threads read the environment.
     ///
     /// # Errors
     /// If there is none, it cannot be loaded, is no plugin, speaks an older version of the API, or fails to start.
@@ -73,6 +74,13 @@ impl Plugin {
     /// If there are none, or an option is unknown to it.
     pub fn client(&self, options: &Options) -> Result<Client, PjrtError> {
         Client::new(self, options)
+    }
+
+    /// Options under which its client leaves memory of a device to others, where it would take most of it by default.
+    pub fn sharing_options(&self) -> Options {
+        let takes_all = |name: &str| name.contains("cuda") || name.contains("rocm");
+        let takes_all = self.path().file_name().and_then(OsStr::to_str).is_some_and(takes_all);
+        takes_all.then(|| ("preallocate".to_owned(), Value::Bool(false))).into_iter().collect()
     }
 
     /// Devices that need not be at hand, to compile for: `v5e:2x2`.
@@ -153,20 +161,23 @@ fn named(folder: &Path, beginning: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Without a TPU, libtpu asks the cloud's metadata server for one for minutes, and refuses to be loaded twice on a machine.
+/// Plugins log to standard error, unless told otherwise. Without a TPU, libtpu asks the cloud's metadata server for one for minutes,
+/// and refuses to be loaded twice on a machine.
 fn settle_environment(path: &Path) {
-    let libtpu = path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libtpu"));
+    let is = |what: &str| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.contains(what));
     let attached = || !named(Path::new("/dev"), "accel").is_empty() || Path::new("/dev/vfio/0").exists();
-    if !libtpu || attached() {
-        return;
-    }
-    let quiet = [
+    let quiet = ("TF_CPP_MIN_LOG_LEVEL", "1");
+    // TensorFlow's library would announce operations of its own.
+    let of_cpu = ("TF_ENABLE_ONEDNN_OPTS", "0");
+    let without_tpu = [
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_ACCELERATOR_TYPE", "v5p-8"),
     ];
-    for (name, value) in quiet.into_iter().filter(|(name, _)| env::var_os(name).is_none()) {
+    let without_tpu = without_tpu.into_iter().filter(|_| is("libtpu") && !attached());
+    let settings = std::iter::once(quiet).chain(Some(of_cpu).filter(|_| is("xla_cpu"))).chain(without_tpu);
+    for (name, value) in settings.filter(|(name, _)| env::var_os(name).is_none()) {
         // SAFETY: Rust code that reads the environment meanwhile is kept apart by the standard library; that no C code does is for
         // the caller of `Plugin::load` to see to, as its documentation says.
         unsafe { env::set_var(name, value) };
