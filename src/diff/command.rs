@@ -3,6 +3,7 @@
 use super::candidate::Produced;
 use super::{DiffError, View, recorded};
 use crate::dump::{Dump, DumpError, Folder, FolderId, FolderWriter, Placement, Run, ShapeRule, Step, tensor_spec};
+use fused_xent_kernels::problem::Layout;
 use serde_json::Value;
 use std::error::Error;
 use std::path::Path;
@@ -90,12 +91,11 @@ fn run(line: &str, from: &Path, to: &Path) -> Result<(), Failure> {
 
 /// The step of that number in what the command wrote, if its tensors have the shapes of the gradients.
 fn only_step<'a>(dump: &'a Dump, view: &View) -> Result<&'a Step, Failure> {
-    let steps = |run: &'a Run| run.steps.get(&view.number);
-    let mut found = dump.runs().iter().filter_map(steps);
-    let (step, more) = (found.next(), found.next());
-    let step = step
-        .filter(|_| more.is_none())
-        .ok_or_else(|| format!("wrote {} steps {}; expected one", if more.is_some() { "several" } else { "no" }, view.number))?;
+    let mut found = dump.runs().iter().filter_map(|run: &'a Run| run.steps.get(&view.number));
+    let step = found.next().ok_or_else(|| format!("wrote no step {}", view.number))?;
+    if found.next().is_some() {
+        return Err(format!("wrote step {} of several runs; expected one run", view.number).into());
+    }
     for &m in view.judged {
         let microbatch = &view.step.microbatches[m];
         fits(step.folder(microbatch.index)?, view, m)?;
@@ -111,8 +111,8 @@ fn fits(folder: &Folder, view: &View, m: usize) -> Result<(), Failure> {
         let tokens = |dims: &[usize]| dims.iter().product::<usize>() == shape.tokens;
         let (fits, expected) = match tensor_spec(&info.name).map(|spec| spec.shape) {
             Some(ShapeRule::Unembedding) => {
-                let kernels = fused_xent_kernels::problem::Layout::Vd;
-                let expected = if info.layout == kernels { [shape.vocab, shape.hidden] } else { [shape.hidden, shape.vocab] };
+                let vd = info.layout == Layout::Vd;
+                let expected = if vd { [shape.vocab, shape.hidden] } else { [shape.hidden, shape.vocab] };
                 (dims[..] == expected, format!("{expected:?}"))
             }
             Some(ShapeRule::Hidden) => {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum PjrtError {
     /// No plugin of that name or at that path.
-    #[error("PJRT plugin {asked:?}: not found; looked for {looked}; expected a name ({known}) or the path of a plugin's library: {remedy}", looked = if .looked.is_empty() { "a file".to_owned() } else { .looked.join(", ") }, known = super::plugin::NAMES.join(", "))]
+    #[error("PJRT plugin {asked:?}: not found{at}; expected a name ({known}) or the path of a plugin's library; {remedy}", at = places(.looked), known = super::plugin::NAMES.join(", "))]
     NotFound {
         /// As given.
         asked: String,
@@ -19,7 +19,7 @@ pub enum PjrtError {
         remedy: &'static str,
     },
     /// The file is no shared library that this machine can load.
-    #[error("PJRT plugin {}: cannot be loaded: {source}; expected a shared library for this machine with all that it links to", path.display())]
+    #[error("PJRT plugin {}: cannot be loaded: {}; expected a shared library for this machine with all that it links to", path.display(), with_causes(.source))]
     NotLoadable {
         /// The file.
         path: PathBuf,
@@ -84,6 +84,15 @@ pub enum PjrtError {
         /// What would fit.
         expected: String,
     },
+}
+
+fn places(looked: &[String]) -> String {
+    if looked.is_empty() { String::new() } else { format!(" at {}", looked.join(", ")) }
+}
+
+/// The loader says little without them.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 impl PjrtError {

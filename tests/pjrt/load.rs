@@ -25,8 +25,8 @@ fn a_missing_plugin_says_where_it_was_looked_for() {
     let error = Plugin::load("./no/such/plugin.so").unwrap_err();
     assert_eq!(
         error.to_string(),
-        "PJRT plugin \"./no/such/plugin.so\": not found; looked for a file; expected a name (cpu, cuda, rocm, tpu) or the path of \
-         a plugin's library: name a file that exists"
+        "PJRT plugin \"./no/such/plugin.so\": not found; expected a name (cpu, cuda, rocm, tpu) or the path of a plugin's library; \
+         name a file that exists"
     );
     let error = Plugin::load("abacus").unwrap_err();
     assert!(error.to_string().ends_with("set FUSED_XENT_PJRT_PLUGINS=name:path"), "{error}");
@@ -36,9 +36,14 @@ fn a_missing_plugin_says_where_it_was_looked_for() {
 fn a_wrong_file_is_told_from_a_wrong_library() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("plugin.so");
-    fs::write(&text, "no library").unwrap();
+    fs::write(&text, "no library".repeat(100)).unwrap();
     let error = refusal(&text);
-    assert!(matches!(error, PjrtError::NotLoadable { .. }) && error.to_string().contains("cannot be loaded"), "{error}");
+    assert!(
+        matches!(error, PjrtError::NotLoadable { .. })
+            && error.to_string().contains("cannot be loaded: ")
+            && error.to_string().contains("header"),
+        "{error}"
+    );
 
     let source = folder.path().join("empty.c");
     fs::write(&source, "int nothing;\n").unwrap();

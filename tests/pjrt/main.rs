@@ -3,6 +3,7 @@
 //! What needs a plugin is ignored unless FUSED_XENT_TEST_PLUGIN names one: `make test` builds a CPU plugin for it. Tests whose
 //! names begin with `cpu_` are about that plugin; the others hold for any.
 
+mod candidates;
 mod load;
 mod programs;
 mod runtime;
