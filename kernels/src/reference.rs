@@ -13,7 +13,7 @@
 //! [`backward_rows`] gives those rows of dQ and dK that a [`Sample`] names.
 
 use crate::problem::{Label, Layout, LossOptions, Problem, ProblemError, Sample, Shape};
-use ndarray::linalg::general_mat_mul;
+use crate::product::general_mat_mul;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
