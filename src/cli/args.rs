@@ -50,7 +50,8 @@ pub struct Judge {
     /// Judge this microbatch only, and nothing that accumulates over the step
     #[arg(long, value_name = "N")]
     pub microbatch: Option<usize>,
-    /// Judge this candidate: recorded, cpu, or cpu:KERNEL; may be repeated [default: recorded where there is any, and cpu]
+    /// Judge this candidate: recorded, cpu, cpu:KERNEL, cmd:COMMAND, pjrt:PLUGIN[:naive|:chunked] or stablehlo:FILE[@PLUGIN]; may be
+    /// repeated [default: recorded where there is any, and cpu]
     #[arg(long = "candidate", value_name = "C")]
     pub candidates: Vec<Candidate>,
     /// Hold recorded gradients to this contract, such as dlogits=f32,d_hidden=bf16,d_unembedding=f32: logits, dlogits, accumulate,

@@ -42,7 +42,7 @@ fn tensors_come_back_bit_for_bit() {
     let device = device();
     for element in ALL {
         let bytes: Vec<u8> = match element {
-            Element::I1 => (0..256).map(|i| i % 3 & 1).map(|i: u16| i as u8).collect(),
+            Element::I1 => (0..256).map(|i| (i % 3) & 1).map(|i: u16| i as u8).collect(),
             _ if element.size() == 1 => (0..=255).collect(),
             _ => (0..=u16::MAX).flat_map(|i| i.to_le_bytes()).collect(),
         };
