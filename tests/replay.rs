@@ -83,6 +83,12 @@ fn some_rows_of_every_fault_are_those_of_the_whole() {
 #[test]
 fn some_rows_of_every_variant_are_those_of_the_whole() {
     for text in [
+        "label-logit-bf16:rounded=sum",
+        "label-logit-bf16:rounded=running-sum",
+        "label-logit-bf16:rounded=running-sum-and-products",
+        "lse-bf16:seen_by=output",
+        "lse-bf16:seen_by=loss",
+        "dlogits-bf16:label=joint",
         "label-scatter-bf16:onto=lse-part",
         "label-scatter-bf16:processes=3,processes_added_in=bf16",
         "label-scatter-bf16:onto=lse-part,processes=2",
@@ -91,13 +97,23 @@ fn some_rows_of_every_variant_are_those_of_the_whole() {
         "dq-accumulate-bf16:width=512,parts_rounded=false",
         "gradient-filter:eps=0.002,token_tile=48,vocab_tile=100",
         "gradient-filter:eps=0.004,token_tile=1,vocab_tile=16",
+        "gradient-filter:eps=0.004,masked=count",
         "approximate-exp-log:of=exp,degree=2",
         "approximate-exp-log:of=exp-in-lse",
         "approximate-exp-log:of=exp-bf16",
         "label-tile-edge:tile=4,edge=last",
         "ignored-leak:label=zero",
         "ignored-leak:label=none",
+        "label-off-by-one:to=left",
+        "label-off-by-one:beyond=lost",
+        "valid-vocab-ignored:in=backward",
         "logit-scale-ignored:missing=all",
+        "logit-scale-ignored:missing=all-in-lse-too",
+        "dq-not-reduced:shards=7,shard=2,split=even",
+        "dk-not-reduced:shards=3,shard=1",
+        "local-lse:shards=12,split=even",
+        "label-per-shard:shards=3,of=dq",
+        "label-per-shard:shards=5,of=dk",
         "dq-cotangent-missing:missing=g",
         "dk-cotangent-missing:missing=g",
     ] {
@@ -119,6 +135,9 @@ fn some_rows_of_two_faults_are_those_of_the_whole() {
         ["gq-bf16", "token-tail-dropped:tile=60"],
         ["approximate-exp-log:of=exp", "lse-tile-missing:tile=300,index=0"],
         ["gradient-filter:eps=0.002,token_tile=48,vocab_tile=100", "vocab-pad-unmasked:pad=900"],
+        ["dlogits-bf16:label=joint", "label-per-shard:of=dk"],
+        ["gradient-filter:masked=count", "local-lse:shards=3"],
+        ["logit-scale-ignored:missing=all-in-lse-too", "ignored-leak:label=none"],
         ["gradient-filter", "dk-accumulate-bf16:chunks=4,processes=2"],
     ] {
         as_the_whole(&pair.map(parse));

@@ -14,6 +14,7 @@ mod finding;
 mod hypotheses;
 mod lse;
 mod search;
+mod shards;
 
 pub(super) use hypotheses::TILES;
 
@@ -23,7 +24,7 @@ use super::fault::Fault;
 use super::replay::{Counterfactual, Excerpt, Rows};
 use super::step::Step;
 use super::truth::{Stage, Truth};
-use crate::report::model::{Finding, MicrobatchReport, RunnerUp, TensorReport};
+use crate::report::model::{Finding, MicrobatchReport, RunnerUp, TensorReport, Verdict};
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::Array2;
 use search::Search;
@@ -69,16 +70,28 @@ impl<'a> Case<'a> {
         self.truth(place).rows(stage)
     }
 
+    /// Whether a stage of a judged microbatch diverges.
+    fn diverges(&self, place: usize, stage: Stage) -> bool {
+        self.microbatches[place].tensors.iter().any(|t| t.name == stage.name() && t.verdict == Verdict::Diverge)
+    }
+
+    fn accumulated_diverges(&self) -> bool {
+        self.accumulated.is_some_and(|t| t.verdict == Verdict::Diverge)
+    }
+
+    /// Where rows of the whole lie among the judged rows of a stage.
+    fn value_rows_of(&self, place: usize, stage: Stage, numbers: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
+        let judged = self.rows(place, stage);
+        numbers.map(move |n| judged.map_or(n, |rows| rows.binary_search(&n).expect("an excerpt's rows are judged")))
+    }
+
     /// Where `rows` of an excerpt lie among the judged rows of a stage.
     fn value_rows(&self, place: usize, stage: Stage, excerpt: &Excerpt, rows: &Rows) -> Vec<usize> {
         let (numbers, places) = match stage.rows_are() {
             super::truth::RowsAre::Tokens => (excerpt.sample().tokens(), &rows.tokens),
             super::truth::RowsAre::VocabIds => (excerpt.sample().ids(), &rows.ids),
         };
-        let judged = self.rows(place, stage);
-        let row =
-            |number: usize| judged.map_or(number, |rows| rows.binary_search(&number).expect("an excerpt's rows are judged"));
-        places.iter().map(|&place| row(numbers[place])).collect()
+        self.value_rows_of(place, stage, places.iter().map(|&place| numbers[place])).collect()
     }
 
     fn composed(&self, faults: &[Fault]) -> Counterfactual {

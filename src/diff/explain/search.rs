@@ -4,6 +4,7 @@ use super::bench::{Bench, Fit, Side, Trial};
 use super::finding::{finding, to_tell_apart};
 use super::hypotheses::{FILTER_TILES, Observed, THRESHOLDS, hypotheses};
 use super::lse::SeenLse;
+use super::shards::SeenShards;
 use super::{Case, excerpts};
 use crate::diff::Progress;
 use crate::diff::fault::{Fault, Touches};
@@ -37,6 +38,7 @@ pub(super) struct Search<'a> {
     few: Bench<'a>,
     more: Bench<'a>,
     lse: SeenLse,
+    shards: SeenShards,
 }
 
 impl<'a> Search<'a> {
@@ -46,14 +48,14 @@ impl<'a> Search<'a> {
         let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))));
         let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())));
         progress.advance(1);
-        let lse = SeenLse::new(case, &excerpts);
-        Self { case, progress, excerpts, few, more, lse }
+        let (lse, shards) = (SeenLse::new(case, &excerpts), SeenShards::new(case, &excerpts));
+        Self { case, progress, excerpts, few, more, lse, shards }
     }
 
     /// Every fault that could change what diverges.
     pub fn hypotheses(&self) -> Vec<Fault> {
         let Case { step, microbatches, accumulated, .. } = *self.case;
-        hypotheses(&Observed { step, microbatches, accumulated, lse: &self.lse })
+        hypotheses(&Observed { step, microbatches, accumulated, lse: &self.lse, shards: &self.shards })
     }
 
     /// What is to be explained.
@@ -126,7 +128,9 @@ impl<'a> Search<'a> {
         let faults: Vec<Fault> = thresholds
             .into_iter()
             .flat_map(|eps| FILTER_TILES.map(|tokens| (eps, tokens)))
-            .flat_map(|(eps, tokens)| FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids })))
+            .flat_map(|(eps, tokens)| {
+                FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids, masked_count: false }))
+            })
             .collect();
         let trials: Vec<Trial> = faults.iter().map(|fault| self.trial(fault, applied)).collect();
         self.learn(trials.iter().map(|trial| &trial.how));

@@ -13,7 +13,7 @@ use crate::diff::step::Step;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, Problem, Sample, Shape};
 use fused_xent_kernels::reference::{self, Gradients};
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -197,6 +197,63 @@ impl<'a> Excerpt<'a> {
         tokens.into_par_iter().map(|n| replay.token(TokenLogits { n, row: None, known: &self.known })).collect()
     }
 
+    /// What vocab ids up to each of `borders` add to rows of dQ, whose places are given, in the first `features`.
+    pub fn cumulated_d_hidden(&self, places: &[usize], borders: &[usize], features: usize) -> Vec<CumulatedRow> {
+        let right = Counterfactual::default();
+        let replay = Replay::new(&right, self.step, self.m);
+        let numbers = self.sample.tokens();
+        let tokens: Vec<Token> = places.iter().flat_map(|&i| self.tokens(&replay, numbers[i]..numbers[i] + 1)).collect();
+        let label = |token: &Token| {
+            let column = token.label.column?;
+            Some((
+                column,
+                token.label.value * &first_features(&reference::unembedding_rows(replay.problem, column..column + 1), features),
+            ))
+        };
+        let mut out: Vec<CumulatedRow> =
+            tokens.iter().map(|token| CumulatedRow::new(label(token).into_iter().collect())).collect();
+        let pieces: Vec<Vec<(f64, Array1<f64>)>> = borders
+            .par_windows(2)
+            .map(|ids| {
+                let k = reference::unembedding_rows(replay.problem, ids[0]..ids[1]);
+                let k = k.slice(s![.., ..features.min(k.ncols())]);
+                let of_token = |(token, &place): (&Token, &usize)| {
+                    let z = self.of_tokens.slice(s![place, ids[0]..ids[1]]);
+                    let dlogits: Array1<f64> = z.indexed_iter().map(|(i, &z)| replay.dlogits(token, ids[0] + i, z)).collect();
+                    let mass = z.iter().take(replay.valid_from(ids[0])).map(|z| (z - token.lse()).exp()).sum();
+                    (mass, dlogits.dot(&k))
+                };
+                tokens.iter().zip(places).map(of_token).collect()
+            })
+            .collect();
+        for (piece, end) in pieces.into_iter().zip(&borders[1..]) {
+            out.iter_mut().zip(piece).for_each(|(row, (mass, sum))| row.push(*end, mass, &sum));
+        }
+        out
+    }
+
+    /// What tokens up to each of `borders` add to rows of dK, whose places are given, in the first `features`.
+    pub fn cumulated_d_unembedding(&self, places: &[usize], borders: &[usize], features: usize) -> Vec<CumulatedRow> {
+        let right = Counterfactual::default();
+        let replay = Replay::new(&right, self.step, self.m);
+        let mut out: Vec<CumulatedRow> = places.iter().map(|_| CumulatedRow::new(vec![])).collect();
+        for ends in borders.windows(2) {
+            let q = reference::hidden_rows(replay.problem, ends[0]..ends[1]);
+            let q = q.slice(s![.., ..features.min(q.ncols())]);
+            let tokens = self.tokens(&replay, ends[0]..ends[1]);
+            for (row, &place) in out.iter_mut().zip(places) {
+                let id = self.sample.ids()[place];
+                let dlogits = |(i, token): (usize, &Token)| {
+                    let label = if token.label.column == Some(id) { token.label.value } else { 0.0 };
+                    replay.dlogits(token, id, self.of_ids[[place, ends[0] + i]]) + label
+                };
+                let dlogits: Array1<f64> = tokens.iter().enumerate().map(dlogits).collect();
+                row.push(ends[1], 0.0, &dlogits.dot(&q));
+            }
+        }
+        out
+    }
+
     /// What `how` makes of `rows`; they were [learnt](Self::learn) for it if dK is wanted.
     pub fn replay(&self, how: &Counterfactual, rows: &Rows, wanted: Wanted) -> Outcome {
         let replay = Replay::new(how, self.step, self.m);
@@ -270,6 +327,68 @@ impl<'a> Excerpt<'a> {
         });
         sum.add(tokens, &block, dlogits.view());
     }
+}
+
+/// What a row of a gradient comes to up to each of some borders of its sum, in some of its features.
+#[derive(Clone, Debug)]
+pub struct CumulatedRow {
+    /// The terms at one place alone, which are not in `sums`.
+    at: Vec<(usize, Array1<f64>)>,
+    /// Border, Σ P up to it, and the sum.
+    sums: Vec<(usize, f64, Array1<f64>)>,
+}
+
+impl CumulatedRow {
+    fn new(at: Vec<(usize, Array1<f64>)>) -> Self {
+        Self { at, sums: vec![] }
+    }
+
+    fn push(&mut self, border: usize, mass: f64, sum: &Array1<f64>) {
+        if self.sums.is_empty() {
+            self.sums.push((0, 0.0, Array1::zeros(sum.len())));
+        }
+        let (_, so_far, sums) = self.sums.last().expect("there is one now");
+        let next = (border, so_far + mass, sums + sum);
+        self.sums.push(next);
+    }
+
+    /// Terms that the whole sum has.
+    pub fn len(&self) -> usize {
+        self.sums.last().map_or(0, |(border, ..)| *border)
+    }
+
+    /// Whether the sum has no terms.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn between(&self, range: &Range<usize>) -> (f64, Array1<f64>) {
+        let at = |border: usize| &self.sums[self.sums.partition_point(|(b, ..)| *b < border).min(self.sums.len() - 1)];
+        let ((_, mass, sum), (_, mass_before, before)) = (at(range.end), at(range.start));
+        (mass - mass_before, sum - before)
+    }
+
+    /// The terms of a range whose ends are borders.
+    pub fn within(&self, range: Range<usize>) -> Array1<f64> {
+        let here = self.at.iter().filter(|(place, _)| range.contains(place));
+        here.fold(self.between(&range).1, |sum, (_, term)| sum + term)
+    }
+
+    /// The terms of a range but for those at one place alone, as if Σ P over it were 1.
+    pub fn normalised(&self, range: Range<usize>) -> Array1<f64> {
+        let (mass, sum) = self.between(&range);
+        if mass > 0.0 { sum / mass } else { sum }
+    }
+
+    /// The terms at one place alone.
+    pub fn label(&self) -> Array1<f64> {
+        let none = Array1::zeros(self.sums.first().map_or(0, |(.., sum)| sum.len()));
+        self.at.iter().fold(none, |sum, (_, term)| sum + term)
+    }
+}
+
+fn first_features(row: &Array2<f64>, features: usize) -> Array1<f64> {
+    row.row(0).iter().take(features).copied().collect()
 }
 
 /// The largest of each `rows` × `columns` elements.

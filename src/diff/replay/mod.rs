@@ -14,9 +14,10 @@ mod token;
 
 pub use approximate::Approximation;
 pub use counterfactual::{
-    Bf16Sum, Counterfactual, Filter, LabelPlace, LabelSum, MaskedTokens, ProcessSum, ScaleInBackward, ScatterOnto, TokenFactor,
+    Bf16Sum, Chunks, Counterfactual, Filter, LabelLogit, LabelPlace, LabelSum, LseRounded, MaskedTokens, Padding, ProcessSum,
+    ScaleInBackward, ScatterOnto, Split, TokenFactor,
 };
-pub use excerpt::{Excerpt, Rows};
+pub use excerpt::{CumulatedRow, Excerpt, Rows};
 
 use super::step::Step;
 use filter::{Skipped, by_token_tile};
@@ -70,7 +71,7 @@ impl Counterfactual {
         let known = replay.recorded();
         for rows in self.token_blocks(problem) {
             let mut z = reference::logits(problem, rows.clone());
-            if self.padding_takes_part {
+            if self.padding != Padding::TakesNoPart {
                 fill_padding(problem, rows.clone(), &mut z);
             }
             let of_token = |(z, n): (ArrayView1<f64>, usize)| {
