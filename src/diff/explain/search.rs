@@ -45,8 +45,8 @@ impl<'a> Search<'a> {
     pub fn new(case: &'a Case<'a>, progress: &'a dyn Progress) -> Self {
         progress.begin("reading the rows that hypotheses are tried on", 1);
         let excerpts = excerpts::excerpts(case);
-        let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))));
-        let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())));
+        let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))), false);
+        let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())), true);
         progress.advance(1);
         let (lse, shards) = (SeenLse::new(case, &excerpts), SeenShards::new(case, &excerpts));
         Self { case, progress, excerpts, few, more, lse, shards }
@@ -267,7 +267,7 @@ impl<'a> Search<'a> {
         });
         let last = findings.last_mut().filter(|_| !all_there && current.near_floor())?;
         self.progress.begin("replaying it on all rows", 1);
-        let bench = Bench::new(case, None);
+        let bench = Bench::new(case, None, true);
         let base = bench.base();
         let touches = if let [only] = chosen { only.touches() } else { Touches::ALL };
         let fit = bench.fit(None, &Trial { how: case.composed(chosen), touches }, Some(&base), Side::Both);

@@ -7,6 +7,7 @@
 use super::approximate::Exp;
 use super::filter::{Skipped, by_token_tile};
 use super::sums::UnembeddingSum;
+use super::ties::{self, NearTies, Ties, TokenErrors};
 use super::token::{Known, Of, Reading, Replay, Token, TokenForward, TokenLogits};
 use super::{Counterfactual, Filter, Outcome, Wanted};
 use crate::diff::step::Step;
@@ -298,6 +299,45 @@ impl<'a> Excerpt<'a> {
             gradients.unembedding = sum.finish();
         }
         Outcome::new(&forward, gradients)
+    }
+
+    /// What near ties may change in what [`replay`](Self::replay) gives, before any sum is kept in bf16.
+    pub fn ties(&self, how: &Counterfactual, rows: &Rows, wanted: Wanted) -> Ties {
+        let replay = Replay::new(how, self.step, self.m);
+        let near = NearTies::new(&replay);
+        let mut out = Ties::none(rows.tokens.len(), rows.ids.len());
+        let logits = |place: usize| {
+            let row = Some(self.of_tokens.row(place));
+            TokenLogits { n: self.sample.tokens()[place], row, known: &self.known }
+        };
+        let forward: Vec<[f64; 3]> = rows.tokens.par_iter().map(|&place| near.forward(logits(place))).collect();
+        out.set_forward(0, &forward);
+        if !how.rounds_dlogits() {
+            return out;
+        }
+        let with_errors = |n: usize, token: Token| (near.token(n, token.lse()), token);
+        if wanted.d_hidden {
+            let token = |&place: &usize| with_errors(self.sample.tokens()[place], replay.token(logits(place)));
+            let tokens: Vec<(TokenErrors, Token)> = rows.tokens.par_iter().map(token).collect();
+            out.hidden = ties::over_vocab(&replay, tokens.len(), |i, v| {
+                let (errors, token) = &tokens[i];
+                near.dlogits(errors, token, v, self.of_tokens[[rows.tokens[i], v]])
+            });
+        }
+        if wanted.d_unembedding {
+            let all = replay.problem.shape().tokens;
+            for some in (0..all).step_by(PIECE).map(|start| start..(start + PIECE).min(all)) {
+                let tokens = self.tokens(&replay, some.clone()).into_iter().zip(some.clone());
+                let tokens: Vec<(TokenErrors, Token)> = tokens.map(|(token, n)| with_errors(n, token)).collect();
+                let q = ties::squares(&reference::hidden_rows(replay.problem, some.clone()));
+                out.unembedding.par_iter_mut().zip(&rows.ids).for_each(|(sum, &place)| {
+                    let (id, z) = (self.sample.ids()[place], self.of_ids.slice(s![place, some.clone()]));
+                    let ties = |((errors, token), &z): (&(TokenErrors, Token), &f64)| near.dlogits(errors, token, id, z);
+                    *sum += tokens.iter().zip(z).map(ties).zip(&q).map(|(ties, q)| ties * q).sum::<f64>();
+                });
+            }
+        }
+        out.scaled(how)
     }
 
     /// What is skipped of some tokens; while the tiles of all are not known, as if each token were a tile's only one.

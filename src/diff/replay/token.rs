@@ -244,7 +244,8 @@ impl<'a> Replay<'a> {
         Unscaled { scale: self.options.logit_scale, cap: self.options.logit_softcap }
     }
 
-    fn lse(&self, logits: TokenLogits) -> f64 {
+    /// lse as the forward computes it.
+    pub fn lse(&self, logits: TokenLogits) -> f64 {
         let readings = self.forward_readings();
         let (max, parts): (Vec<Reading>, Vec<Reading>) = readings.into_iter().partition(|reading| reading.of == Of::Max);
         let padding = (self.how.padding_in_lse > 0).then(|| (self.how.padding_in_lse as f64).ln());
@@ -272,14 +273,10 @@ impl<'a> Replay<'a> {
         let LossOptions { z_loss, label_smoothing, .. } = self.options;
         let label = label as usize;
         let lse = self.lse(logits);
+        let label_logit = self.label_logit(n, label, z[label]);
         let label_logit = match self.how.label_logit {
-            LabelLogit::Exact => self.how.forward_logits.round(z[label]),
-            LabelLogit::Rounded => bf16(z[label]),
-            LabelLogit::OfRoundedProducts => self.label_logit(n, label, |sum, product| sum + bf16(product)),
-            LabelLogit::RunningSum { products_rounded: true } => {
-                self.label_logit(n, label, |sum, product| bf16(sum + bf16(product)))
-            }
-            LabelLogit::RunningSum { products_rounded: false } => self.label_logit(n, label, |sum, product| bf16(sum + product)),
+            LabelLogit::Exact => self.how.forward_logits.round(label_logit),
+            _ => bf16(label_logit),
         };
         let mean = || z.iter().take(self.forward_valid).sum::<f64>() / self.forward_valid as f64;
         let smoothed = if label_smoothing > 0.0 { label_smoothing * mean() } else { 0.0 };
@@ -292,12 +289,20 @@ impl<'a> Replay<'a> {
         TokenForward { loss, lse: self.lse_for(LseRounded::Output, lse), label_logit }
     }
 
-    /// The label logit, rounded to bf16, from the products of Q and K, summed by `add`.
-    fn label_logit(&self, n: usize, label: usize, add: impl Fn(f64, f64) -> f64) -> f64 {
-        let q = reference::hidden_rows(self.problem, n..n + 1);
-        let k = reference::unembedding_rows(self.problem, label..label + 1);
-        let z = self.options.logit_scale * q.iter().zip(&k).fold(0.0, |sum, (q, k)| add(sum, q * k));
-        bf16(self.options.logit_softcap.map_or(z, |cap| cap * (z / cap).tanh()))
+    /// The label logit as it is summed, before it is rounded; `z` is the exact one.
+    pub fn label_logit(&self, n: usize, label: usize, z: f64) -> f64 {
+        let sum = |add: fn(f64, f64) -> f64| {
+            let q = reference::hidden_rows(self.problem, n..n + 1);
+            let k = reference::unembedding_rows(self.problem, label..label + 1);
+            let z = self.options.logit_scale * q.iter().zip(&k).fold(0.0, |sum, (q, k)| add(sum, q * k));
+            self.options.logit_softcap.map_or(z, |cap| cap * (z / cap).tanh())
+        };
+        match self.how.label_logit {
+            LabelLogit::Exact | LabelLogit::Rounded => z,
+            LabelLogit::OfRoundedProducts => sum(|sum, product| sum + bf16(product)),
+            LabelLogit::RunningSum { products_rounded: true } => sum(|sum, product| bf16(sum + bf16(product))),
+            LabelLogit::RunningSum { products_rounded: false } => sum(|sum, product| bf16(sum + product)),
+        }
     }
 
     /// lse as `reader` gets it.
@@ -393,13 +398,22 @@ impl<'a> Replay<'a> {
 
     /// dlogits at vocab id `v` of logit `z`, the label's term apart, before any tile is skipped.
     pub fn dlogits(&self, token: &Token, v: usize, z: f64) -> f64 {
+        self.p(token, v, z).map_or(0.0, |(z, p)| self.dlogits_of(token, v, z, p))
+    }
+
+    /// The logit that the backward takes for `z`, and its P; `None` where dlogits are 0.
+    pub fn p(&self, token: &Token, v: usize, z: f64) -> Option<(f64, f64)> {
         if !token.takes_part || v >= self.end() {
-            return 0.0;
+            return None;
         }
-        let how = self.how;
         let z = self.backward_logit(z);
-        let shard = how.local_lse.map_or(0, |split| split.shard_of(v, self.problem.shape().vocab));
-        let p = how.approximation.backward().of(z - token.lses[shard]);
+        let shard = self.how.local_lse.map_or(0, |split| split.shard_of(v, self.problem.shape().vocab));
+        Some((z, self.how.approximation.backward().of(z - token.lses[shard])))
+    }
+
+    /// dlogits where P is `p`.
+    pub fn dlogits_of(&self, token: &Token, v: usize, z: f64, p: f64) -> f64 {
+        let how = self.how;
         let (lse_slope, label_slope) = (self.slope(z, how.no_softcap_derivative.0), self.slope(z, how.no_softcap_derivative.1));
         if !how.p_minus_one_bf16 {
             let label = if token.label.column == Some(v) { token.joint } else { 0.0 };
