@@ -22,17 +22,6 @@ struct Case {
     alike: BTreeMap<String, String>,
 }
 
-/// Cases that the diff does not get right yet, and why.
-const KNOWN_WRONG: &[(&str, &str)] = &[
-    ("lse-bf16", "no more than bf16 dlogits would lose, which nothing excludes: it passes for an honest kernel"),
-    ("dlogits-bf16-joint", "float32 dlogits round the other way than float64 ones in places: above the floor of float32"),
-    ("dlogits-bf16-apart", "likewise"),
-    ("prob-minus-one-bf16", "likewise: a second, unknown, cause is found"),
-    ("gradient-filter", "the nearest filter comes to 92 % of it"),
-    ("approximate-exp-log-exp", "an exp of a cubic polynomial is not tried"),
-    ("pair-tail-and-cotangent", "the factor is fitted while dK lacks a tail, and not again once the tail is found"),
-];
-
 /// A factor that is no whole number is fitted to rounded values.
 const SAME_NUMBER: f64 = 1e-3;
 
@@ -106,20 +95,12 @@ fn faults_that_numpy_computed_are_named() {
 
     let mut failures = Vec::new();
     for case in &cases {
-        let result = check(case, &judge_recorded(&folder.path().join(&case.name)));
-        let known = KNOWN_WRONG.iter().any(|(name, _)| *name == case.name);
-        match (result, known) {
-            (Err(found), false) => failures.push(format!("{}: {found}", case.name)),
-            (Ok(()), true) => {
-                failures.push(format!("{}: right now: take it off the list of what is known to be wrong", case.name))
-            }
-            _ => {}
+        if let Err(found) = check(case, &judge_recorded(&folder.path().join(&case.name))) {
+            failures.push(format!("{}: {found}", case.name));
         }
     }
     let named: BTreeSet<&str> = cases.iter().flat_map(|c| &c.causes).map(String::as_str).collect();
     let missing: Vec<&str> = CATALOGUE.iter().map(|entry| entry.slug).filter(|slug| !named.contains(slug)).collect();
     assert!(missing.is_empty(), "faults without a case: {missing:?}");
-    let unheard: Vec<_> = KNOWN_WRONG.iter().filter(|(name, _)| !cases.iter().any(|c| c.name == *name)).collect();
-    assert!(unheard.is_empty(), "no such cases: {unheard:?}");
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }

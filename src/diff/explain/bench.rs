@@ -1,6 +1,7 @@
 //! The rows that hypotheses are tried on, and how well each fits there.
 
 use super::Case;
+use super::hypotheses::Factors;
 use crate::diff::candidate::Values;
 use crate::diff::compare::{RATIO_LIMIT, norm};
 use crate::diff::fault::Touches;
@@ -8,7 +9,7 @@ use crate::diff::replay::{Counterfactual, Excerpt, Outcome, Rows, Wanted};
 use crate::diff::truth::{RowsAre, Stage};
 use crate::report::model::{TensorReport, Verdict};
 use fused_xent_kernels::floor::Tolerance;
-use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 
 /// How well a computation fits one tensor of the candidate.
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,9 +107,6 @@ impl<'a> Target<'a> {
         rows: Option<&[usize]>,
         (stage, diverges): (Stage, bool),
     ) -> Self {
-        fn some<'x>(x: ArrayView2<'x, f64>, rows: Option<&[usize]>) -> CowArray<'x, f64, Ix2> {
-            rows.map_or_else(|| x.into(), |rows| x.select(Axis(0), rows).into())
-        }
         let (candidate, reference) = (some(values.values.view(), rows), some(reference, rows));
         let tolerance = rows.map_or_else(|| tolerance.clone(), |rows| tolerance.of_rows(rows));
         let all = 0..candidate.nrows();
@@ -127,16 +125,21 @@ impl<'a> Target<'a> {
         target
     }
 
+    /// ⟨candidate, computed⟩ and ⟨computed, computed⟩ of each row in which something is computed.
+    fn products(&self, computed: ArrayView2<f64>) -> Vec<[f64; 2]> {
+        let computed = some(computed, self.rows.as_deref());
+        let of_row = |(c, x): (ArrayView1<f64>, ArrayView1<f64>)| [c.dot(&x), x.dot(&x)];
+        let rows = self.candidate.outer_iter().zip(computed.outer_iter()).map(of_row);
+        rows.filter(|[_, square]| *square > 0.0).collect()
+    }
+
     /// How the bench's rows fit that are `computed`, of which near ties may change `ties`, squared, in each.
     fn fit(&self, computed: ArrayView2<f64>, ties: Option<&[f64]>) -> TensorFit {
         let ties = ties.map_or(0.0, |ties| match &self.rows {
             None => ties.iter().sum(),
             Some(rows) => rows.iter().map(|&row| ties[row]).sum::<f64>(),
         });
-        let computed: CowArray<f64, Ix2> = match &self.rows {
-            None => computed.into(),
-            Some(rows) => computed.select(Axis(0), rows).into(),
-        };
+        let computed = some(computed, self.rows.as_deref());
         let deviation = self.candidate.iter().zip(&computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
         if deviation == 0.0 || self.size == 0.0 {
             return TensorFit::default();
@@ -151,6 +154,19 @@ impl<'a> Target<'a> {
         let over = |times: f64| deviation / ((times * rounding).powi(2) + ties).sqrt();
         TensorFit { left: (excess / self.size).powi(2), floor, ratio: over(1.0), of_limit: over(self.ratio_limit) }
     }
+}
+
+/// Some rows, or all.
+fn some<'x>(x: ArrayView2<'x, f64>, rows: Option<&[usize]>) -> CowArray<'x, f64, Ix2> {
+    rows.map_or_else(|| x.into(), |rows| x.select(Axis(0), rows).into())
+}
+
+/// The factor over all rows, and the rows' median, of ⟨candidate, computed⟩ and ⟨computed, computed⟩ by row.
+fn fitted(rows: &[[f64; 2]]) -> Vec<f64> {
+    let mut of_rows: Vec<f64> = rows.iter().map(|[product, square]| product / square).collect();
+    of_rows.sort_by(f64::total_cmp);
+    let sum = |which: usize| rows.iter().map(|row| row[which]).sum::<f64>();
+    of_rows.get(of_rows.len() / 2).map_or(vec![], |&median| vec![sum(0) / sum(1), median])
 }
 
 /// How far a floor shrinks with the gradient.
@@ -226,6 +242,35 @@ impl<'a> Bench<'a> {
     pub fn left_of_tokens(&self, fit: &Fit) -> f64 {
         let targets = self.microbatches.iter().flatten().zip(&fit.tensors);
         targets.filter(|(target, _)| target.stage.rows_are() == RowsAre::Tokens).map(|(_, fit)| fit.left).sum()
+    }
+
+    /// Constant factors between what `how` makes of the gradients that diverge and the candidate: over all rows, and the rows'
+    /// median, which a fault in few rows does not move.
+    pub fn factors(&self, excerpts: &[Excerpt], how: &Counterfactual) -> Factors {
+        let mut total: Option<Array2<f64>> = None;
+        let mut rows: [Vec<[f64; 2]>; 3] = Default::default();
+        for (place, targets) in self.microbatches.iter().enumerate() {
+            let m = self.case.judged[place];
+            let outcome = excerpts[place].replay(how, &self.rows[place], Wanted::ALL);
+            for target in targets.iter().filter(|target| target.diverges) {
+                let of = match target.stage {
+                    Stage::DHidden => &mut rows[0],
+                    Stage::DUnembedding => &mut rows[1],
+                    _ => continue,
+                };
+                of.extend(target.products(outcome.stage(target.stage).view()));
+            }
+            if !self.accumulated.is_empty() {
+                let own = outcome.stage(Stage::DUnembedding);
+                how.accumulate(self.case.step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
+            }
+        }
+        for target in self.accumulated.iter().filter(|target| target.diverges) {
+            rows[2].extend(total.iter().flat_map(|total| target.products(total.view())));
+        }
+        let [d_hidden, d_unembedding, accumulated] = rows.map(|rows| fitted(&rows));
+        let d_unembedding = if d_unembedding.is_empty() { accumulated.clone() } else { d_unembedding };
+        Factors { d_hidden, d_unembedding, accumulated }
     }
 
     /// How a hypothesis fits. Where it touches nothing, the fit is that of `otherwise`.

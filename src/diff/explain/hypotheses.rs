@@ -5,6 +5,7 @@ use super::shards::SeenShards;
 use crate::diff::fault::{CATALOGUE, Fault, Touches};
 use crate::diff::replay::{
     Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, ScaleInBackward, ScatterOnto,
+    Significand,
 };
 use crate::diff::step::Step;
 use crate::diff::truth::Stage;
@@ -26,6 +27,10 @@ pub struct Observed<'a> {
     pub lse: &'a SeenLse,
     /// The shards that its rows speak for.
     pub shards: &'a SeenShards,
+    /// The exponential that its rows speak for.
+    pub significand: Option<Significand>,
+    /// Factors of its gradients, as they are beside the faults that were found.
+    pub factors: &'a Factors,
 }
 
 /// Tokens, and vocab ids, of the tiles that a gradient filter may look at, and thresholds that it may have.
@@ -53,6 +58,17 @@ pub(super) const THRESHOLDS: [f64; 16] = [
 pub(in crate::diff) const TILES: [usize; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// Tiles that leave a tail: how many sizes are tried.
 const MOST_TAILS: usize = 6;
+
+/// Constant factors that the gradients may carry, fitted over all rows and as the median of the rows'.
+#[derive(Debug, Default)]
+pub struct Factors {
+    /// dQ.
+    pub d_hidden: Vec<f64>,
+    /// dK of a microbatch; of the step where no microbatch has its own.
+    pub d_unembedding: Vec<f64>,
+    /// The accumulated dK.
+    pub accumulated: Vec<f64>,
+}
 
 /// Every fault that could change what diverges, with every parameter that the data leave possible.
 pub fn hypotheses(observed: &Observed) -> Vec<Fault> {
@@ -168,17 +184,19 @@ impl Observed<'_> {
                 when(several).into_iter().chain(undivided.filter(|_| several)).collect()
             }
             Fault::DqCotangentMissing { .. } => {
-                let by_factor = self.factors(Stage::DHidden).into_iter().map(|factor| Fault::DqCotangentMissing { factor });
+                let by_factor = factors_of(&self.factors.d_hidden).into_iter().map(|factor| Fault::DqCotangentMissing { factor });
                 by_factor.chain([Fault::DqCotangentMissingAll]).collect()
             }
             Fault::DkCotangentMissing { .. } => {
-                let by_factor = self.factors(Stage::DUnembedding).into_iter().map(|factor| Fault::DkCotangentMissing { factor });
+                let by_factor =
+                    factors_of(&self.factors.d_unembedding).into_iter().map(|factor| Fault::DkCotangentMissing { factor });
                 by_factor.chain([Fault::DkCotangentMissingAll]).collect()
             }
             Fault::NotAveraged { .. } => {
-                let everywhere = self.factors(Stage::DHidden).into_iter().chain(self.factors(Stage::DUnembedding));
+                let Factors { d_hidden, d_unembedding, accumulated } = self.factors;
+                let everywhere = factors_of(d_hidden).into_iter().chain(factors_of(d_unembedding));
                 let mut out: Vec<Fault> = everywhere.map(|factor| Fault::NotAveraged { factor }).collect();
-                let over_step = self.accumulated.filter(|_| several).map(factors_of).unwrap_or_default();
+                let over_step = if several { factors_of(accumulated) } else { vec![] };
                 out.extend(over_step.into_iter().map(|factor| Fault::NotAveragedOverMicrobatches { factor }));
                 out
             }
@@ -220,7 +238,9 @@ impl Observed<'_> {
         let own = |tokens: usize| tokens.div_ceil(processes);
         let lengths: Vec<usize> = self.step.microbatches.iter().map(|m| own(m.problem.shape().tokens)).collect();
         let longest = lengths.iter().copied().max().unwrap_or(1);
-        chunks_of(&lengths, longest - 1).into_iter().chain([Chunks::Width(1)]).collect()
+        let processes = Some(self.step.processes).filter(|&p| processes == 1 && p > 1 && !p.is_power_of_two());
+        let unusual = processes.map(Chunks::Number).into_iter().chain([Chunks::Width(1)]);
+        chunks_of(&lengths, longest - 1).into_iter().chain(unusual).collect()
     }
 
     /// Where the rows of dQ end in zeros that should not be there, and of how many rows, in every microbatch with such a tail.
@@ -251,16 +271,12 @@ impl Observed<'_> {
             polynomials.chain([Approximation::ExpBf16 { in_backward }])
         });
         let recorded = self.step.microbatches.iter().all(|m| m.recorded_lse.is_some()).then_some(Approximation::AsRecorded);
-        logs.chain(exps).chain(recorded).map(Fault::ApproximateExpLog).collect()
+        let seen = self.significand.map(Approximation::Significand);
+        logs.chain(exps).chain(recorded).chain(seen).map(Fault::ApproximateExpLog).collect()
     }
 
     fn reports(&self, stage: Stage) -> impl Iterator<Item = &TensorReport> {
         self.microbatches.iter().flat_map(|m| &m.tensors).filter(move |t| t.name == stage.name())
-    }
-
-    /// Constant factors that a gradient may carry: the fitted one, and the whole number or its reciprocal next to it.
-    fn factors(&self, stage: Stage) -> Vec<f64> {
-        self.reports(stage).find(|t| t.verdict == Verdict::Diverge).or(self.accumulated).map(factors_of).unwrap_or_default()
     }
 }
 
@@ -270,17 +286,27 @@ fn tail<'a>(tensors: impl Iterator<Item = &'a TensorReport>) -> Option<RangeIncl
     Some(first..=last)
 }
 
-/// Factors near the fitted one: whole numbers and their reciprocals, which need no other fault beside them, before the fit itself.
-fn factors_of(tensor: &TensorReport) -> Vec<f64> {
-    let Some(alpha) = tensor.scale.filter(|a| *a != 0.0) else { return vec![] };
-    let whole = if alpha.abs() >= 1.0 { alpha.round() } else { 1.0 / (1.0 / alpha).round() };
-    let off = (whole / alpha - 1.0).abs();
-    match whole {
-        1.0 => vec![alpha],
-        whole if off < EQUAL => vec![whole],
-        whole if off < NEAR => vec![whole, alpha],
-        _ => vec![alpha],
+/// Factors near the fitted ones: whole numbers and their reciprocals, which need no other fault beside them, before the fits
+/// themselves.
+fn factors_of(fitted: &[f64]) -> Vec<f64> {
+    let mut out: Vec<f64> = Vec::new();
+    for &alpha in fitted.iter().filter(|alpha| **alpha != 0.0 && alpha.is_finite()) {
+        let whole = if alpha.abs() >= 1.0 { alpha.round() } else { 1.0 / (1.0 / alpha).round() };
+        let off = (whole / alpha - 1.0).abs();
+        match whole {
+            1.0 => out.push(alpha),
+            whole if off < EQUAL => out.push(whole),
+            whole if off < NEAR => out.extend([whole, alpha]),
+            _ => out.push(alpha),
+        }
     }
+    let mut seen: Vec<f64> = Vec::new();
+    out.retain(|&factor| {
+        let new = seen.iter().all(|other| *other != factor);
+        seen.push(factor);
+        new
+    });
+    out
 }
 
 /// How near a fitted factor must be to a whole number to be it, and to be worth trying.

@@ -76,10 +76,11 @@ impl SeenShards {
     }
 }
 
-/// Every way to split so many rows.
+/// Every way to split so many rows, those first that leave no shard shorter.
 fn splits(of: usize) -> impl Iterator<Item = Split> {
-    let evenly = move |shards: usize| if of.is_multiple_of(shards) { &[false][..] } else { &[false, true] };
-    NUMBERS.take_while(move |&s| s <= of).flat_map(move |shards| evenly(shards).iter().map(move |&even| Split { shards, even }))
+    let numbers = move |equal: bool| NUMBERS.take_while(move |&s| s <= of).filter(move |&s| of.is_multiple_of(s) == equal);
+    let equal = numbers(true).map(|shards| Split { shards, even: false });
+    equal.chain(numbers(false).flat_map(|shards| [false, true].map(|even| Split { shards, even })))
 }
 
 /// Every border between two shards.

@@ -145,7 +145,7 @@ impl Fault {
                 | Fault::NotAveragedOverMicrobatches { .. }
                 | Fault::DqCotangentMissing { .. }
                 | Fault::DkCotangentMissing { .. }
-                | Fault::ApproximateExpLog(Approximation::AsRecorded)
+                | Fault::ApproximateExpLog(Approximation::AsRecorded | Approximation::Significand(_))
         )
     }
 

@@ -3,7 +3,8 @@
 use super::{CATALOGUE, Fault, Gradients};
 use crate::diff::error::DiffError;
 use crate::diff::replay::{
-    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, ScaleInBackward, ScatterOnto, Split,
+    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, SIGNIFICAND_TERMS, ScaleInBackward,
+    ScatterOnto, Significand, Split,
 };
 use fused_xent_kernels::contract::LabelTerm;
 use serde_json::{Map, Value};
@@ -68,9 +69,15 @@ const VARIANTS: &[Variant] = &[
     ("approximate-exp-log", "of", "exp-in-lse", |_| {
         Fault::ApproximateExpLog(Approximation::Exp { degree: 3, in_backward: false })
     }),
+    ("approximate-exp-log", "of", "exp2-polynomial", |_| Fault::ApproximateExpLog(Approximation::Significand(CUBIC))),
     ("approximate-exp-log", "of", "exp-bf16", |_| Fault::ApproximateExpLog(Approximation::ExpBf16 { in_backward: true })),
     ("approximate-exp-log", "of", "exp-bf16-in-lse", |_| Fault::ApproximateExpLog(Approximation::ExpBf16 { in_backward: false })),
 ];
+
+/// Of exp: a cubic polynomial for 2^f that is right to 10⁻⁴.
+const CUBIC: Significand = Significand { coefficients: [1.0, 0.6951, 0.2276, 0.0771, 0.0, 0.0], lse_as_recorded: false };
+/// The parameters of a polynomial's coefficients.
+const COEFFICIENTS: [&str; SIGNIFICAND_TERMS] = ["c0", "c1", "c2", "c3", "c4", "c5"];
 
 fn onto(mut fault: Fault, to: ScatterOnto) -> Fault {
     if let Fault::LabelScatterBf16 { onto, .. } | Fault::LabelScatterBf16OverProcesses { onto, .. } = &mut fault {
@@ -190,6 +197,13 @@ impl Fault {
         }
         let value: f64 = value.parse().ok().filter(|v: &f64| v.is_finite())?;
         match (&mut changed, name) {
+            (Fault::ApproximateExpLog(Approximation::Significand(Significand { coefficients, .. })), name)
+                if COEFFICIENTS.contains(&name) =>
+            {
+                let place = COEFFICIENTS.iter().position(|c| *c == name)?;
+                coefficients[place] = value;
+                return Some(changed);
+            }
             (Fault::GradientFilter(filter), "eps") if value > 0.0 => {
                 filter.eps = value;
                 return Some(changed);
@@ -296,6 +310,13 @@ impl Fault {
                 }
                 Approximation::ExpBf16 { in_backward } => {
                     vec![("of", if in_backward { "exp in bf16" } else { "exp in bf16 in lse" }.into())]
+                }
+                Approximation::Significand(Significand { coefficients, lse_as_recorded }) => {
+                    let of =
+                        [("of", "exp2-polynomial".into()), ("lse", if lse_as_recorded { "as recorded" } else { "by it" }.into())];
+                    let degree = coefficients.iter().rposition(|&c| c != 0.0).unwrap_or(0);
+                    let coefficients = COEFFICIENTS.into_iter().zip(coefficients).take(degree + 1);
+                    of.into_iter().chain(coefficients.map(|(name, c)| (name, c.into()))).collect()
                 }
                 Approximation::AsRecorded => vec![("of", "lse, by an unknown formula".into())],
             },

@@ -4,7 +4,7 @@
 //! logits are held. Which lse a hypothesis makes is a matter of a few log-sum-exps per token ([`Reading`]): the reference's is
 //! known from the start, any other is learnt on demand, in one pass over all logits for as many as are asked for.
 
-use super::approximate::Exp;
+use super::approximate::{Approximation, Exp, SIGNIFICAND_TERMS, split};
 use super::filter::{Skipped, by_token_tile};
 use super::sums::UnembeddingSum;
 use super::ties::{self, NearTies, Ties, TokenErrors};
@@ -109,10 +109,11 @@ impl<'a> Excerpt<'a> {
 
     /// Whether rows of dK can be replayed under `how` with what is known.
     pub fn knows(&self, how: &Counterfactual) -> bool {
-        self.missing(how).is_empty() && (how.filter.is_none() || self.largest_under(how).is_some())
+        self.missing(how).is_empty() && (how.filter.is_none() || self.tile_sizes(how).is_some())
     }
 
-    fn largest_under(&self, how: &Counterfactual) -> Option<&Array2<f64>> {
+    /// The largest |dlogits/g| of each tile of a filter, [token tiles, vocab tiles], where they were learnt.
+    pub fn tile_sizes(&self, how: &Counterfactual) -> Option<&Array2<f64>> {
         let key = of_any_eps(how);
         self.largest.iter().find(|(how, _)| *how == key).map(|(_, largest)| largest)
     }
@@ -148,7 +149,7 @@ impl<'a> Excerpt<'a> {
             }
         }
         for how in computations {
-            let Some(filter) = how.filter.filter(|_| self.largest_under(how).is_none()) else { continue };
+            let Some(filter) = how.filter.filter(|_| self.tile_sizes(how).is_none()) else { continue };
             // Tiles that hold whole smaller ones are learnt from these: one pass serves many sizes.
             let whole = filter.tokens.is_multiple_of(SMALL_TILE) && filter.ids.is_multiple_of(SMALL_TILE);
             let small = Filter { tokens: SMALL_TILE, ids: SMALL_TILE, ..filter };
@@ -158,11 +159,11 @@ impl<'a> Excerpt<'a> {
                 continue;
             }
             let of_small = Counterfactual { filter: Some(small), ..*how };
-            if self.largest_under(&of_small).is_none() {
+            if self.tile_sizes(&of_small).is_none() {
                 let largest = self.largest_of_tiles(&of_small, small);
                 self.largest.push((of_any_eps(&of_small), largest));
             }
-            if let Some(largest) = self.largest_under(&of_small).filter(|_| small != filter) {
+            if let Some(largest) = self.tile_sizes(&of_small).filter(|_| small != filter) {
                 let larger = pooled(largest, filter.tokens / SMALL_TILE, filter.ids / SMALL_TILE);
                 self.largest.push((of_any_eps(how), larger));
             }
@@ -231,6 +232,40 @@ impl<'a> Excerpt<'a> {
             out.iter_mut().zip(piece).for_each(|(row, (mass, sum))| row.push(*end, mass, &sum));
         }
         out
+    }
+
+    /// A row of dQ, whose place is given, in the first `features`, if exp were 2^⌊y⌋ times a polynomial of y − ⌊y⌋: the terms that
+    /// each of its coefficients multiplies, and all others.
+    pub fn significand_terms(&self, place: usize, recorded_lse: bool, features: usize) -> (Vec<Array1<f64>>, Array1<f64>) {
+        let approximation = if recorded_lse { Approximation::AsRecorded } else { Approximation::None };
+        let how = Counterfactual { approximation, ..Counterfactual::default() };
+        let replay = Replay::new(&how, self.step, self.m);
+        let (n, row) = (self.sample.tokens()[place], self.of_tokens.row(place));
+        let token = replay.token(TokenLogits { n, row: Some(row), known: &self.known });
+        let valid = replay.valid_from(0);
+        let features = features.min(replay.problem.shape().hidden);
+        let of_piece = |start: usize| {
+            let ids = start..(start + PIECE).min(valid);
+            let mut weights = Array2::zeros((SIGNIFICAND_TERMS + 1, ids.len()));
+            for (mut weights, &z) in weights.axis_iter_mut(Axis(1)).zip(row.slice(s![ids.clone()])) {
+                let ((power, f), (factor, constant)) = (split(z - token.lse()), replay.around_p(&token, z));
+                (0..SIGNIFICAND_TERMS).fold(factor * power, |term, k| {
+                    weights[k] = term;
+                    term * f
+                });
+                weights[SIGNIFICAND_TERMS] = constant;
+            }
+            if let Some(column) = token.label.column.filter(|column| ids.contains(column)) {
+                weights[[SIGNIFICAND_TERMS, column - ids.start]] += token.label.value;
+            }
+            weights.dot(&reference::unembedding_rows(replay.problem, ids).slice(s![.., ..features]))
+        };
+        let starts: Vec<usize> = (0..valid).step_by(PIECE).collect();
+        let nothing = || Array2::zeros((SIGNIFICAND_TERMS + 1, features));
+        let sums = starts.into_par_iter().map(of_piece).reduce(nothing, |a, b| a + b);
+        let mut rows: Vec<Array1<f64>> = sums.outer_iter().map(|row| row.to_owned()).collect();
+        let others = rows.pop().expect("the last row");
+        (rows, others)
     }
 
     /// What tokens up to each of `borders` add to rows of dK, whose places are given, in the first `features`.
@@ -342,7 +377,7 @@ impl<'a> Excerpt<'a> {
 
     /// What is skipped of some tokens; while the tiles of all are not known, as if each token were a tile's only one.
     fn skipped(&self, replay: &Replay, filter: Filter, rows: &Rows, tokens: &[Token]) -> Skipped {
-        if let Some(largest) = self.largest_under(replay.how) {
+        if let Some(largest) = self.tile_sizes(replay.how) {
             let numbers = self.sample.tokens();
             return Skipped::new(filter, largest, rows.tokens.iter().map(|&place| numbers[place] / filter.tokens));
         }
@@ -353,7 +388,7 @@ impl<'a> Excerpt<'a> {
 
     fn add_tokens(&self, replay: &Replay, rows: &Rows, ids: &[usize], tokens: Range<usize>, sum: &mut UnembeddingSum) {
         let mut block = self.tokens(replay, tokens.clone());
-        let skipped = replay.how.filter.zip(self.largest_under(replay.how)).map(|(filter, largest)| {
+        let skipped = replay.how.filter.zip(self.tile_sizes(replay.how)).map(|(filter, largest)| {
             let skipped = Skipped::new(filter, largest, tokens.clone().map(|n| n / filter.tokens));
             skipped.drop_labels(&mut block);
             skipped

@@ -13,7 +13,7 @@ mod sums;
 mod ties;
 mod token;
 
-pub use approximate::Approximation;
+pub use approximate::{Approximation, SIGNIFICAND_TERMS, Significand};
 pub use counterfactual::{
     Bf16Sum, Chunks, Counterfactual, Filter, LabelLogit, LabelPlace, LabelSum, LseRounded, MaskedTokens, Padding, ProcessSum,
     ScaleInBackward, ScatterOnto, Split, TokenFactor,

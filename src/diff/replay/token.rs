@@ -211,7 +211,7 @@ impl<'a> Replay<'a> {
 
     fn forward_readings(&self) -> Vec<Reading> {
         let of = |ids: (usize, usize), of: Of| Reading { ids, logits: self.how.forward_logits, of };
-        if self.how.approximation == Approximation::AsRecorded {
+        if self.how.approximation.lse_as_recorded() {
             return vec![Reading { ids: (0, self.forward_valid), logits: Precision::F64, of: Of::Recorded }];
         }
         let (valid, exp) = (self.forward_valid, Of::LogSumExp(self.how.approximation.forward()));
@@ -352,6 +352,12 @@ impl<'a> Replay<'a> {
         let p_factor = g * (1.0 + 2.0 * z_loss * lse);
         let constant = -g * smoothing / self.valid as f64;
         Token { g, takes_part, p_factor, constant, lses, label, joint }
+    }
+
+    /// dlogits at vocab id `v` of logit `z`, but for P: what multiplies it, and what is added.
+    pub fn around_p(&self, token: &Token, z: f64) -> (f64, f64) {
+        let slope = self.slope(z, false);
+        (token.p_factor * slope, token.constant * slope)
     }
 
     /// How many of the vocab ids from `start` on take part.
