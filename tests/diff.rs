@@ -415,9 +415,9 @@ fn a_large_fault_does_not_hide_a_second_one() {
 fn parameters_are_found_not_guessed() {
     for (fault, name, value) in [
         (Fault::VocabPadUnmasked { pad: 112 }, "pad", 112),
-        (Fault::DkAccumulateBf16 { chunks: 8, parts_rounded: false }, "chunks", 8),
+        (Fault::parse("dk-accumulate-bf16:chunks=8,parts_rounded=false").unwrap(), "chunks", 8),
         (Fault::LabelTileEdge { tile: 32 }, "tile", 32),
-        (Fault::DqNotReduced { shards: 4, shard: 2 }, "shard", 2),
+        (Fault::parse("dq-not-reduced:shards=4,shard=2").unwrap(), "shard", 2),
         (Fault::NotAveraged { factor: 3.0 }, "factor", 3),
     ] {
         let options = SynthOptions { regime: Regime::Initial, gradients: Precision::F32, ..small() }.planting(fault);
@@ -506,7 +506,7 @@ fn what_is_named_holds_on_all_rows() {
 #[test]
 fn causes_that_do_the_same_are_named_together_with_what_tells_them_apart() {
     let options = SynthOptions { masked: 0.0, microbatches: 1, gradients: Precision::F32, ..small() };
-    let report = judge_recorded(make(&options.planting(Fault::LabelPerShard { shards: 2 })).path());
+    let report = judge_recorded(make(&options.planting(Fault::parse("label-per-shard").unwrap())).path());
     let finding = &only(&report).findings[0];
     assert_eq!(finding.cause, "label-per-shard");
     let options = SynthOptions { masked: 0.3, microbatches: 1, gradients: Precision::F32, ..small() };

@@ -263,6 +263,7 @@ impl View<'_> {
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
         let mut chosen: Option<(CandidateReport, Tolerances)> = None;
         let mut at_the_strictest: Option<Vec<Stage>> = None;
+        let mut far_above = false;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
             let (mut compared, tolerances) = self.compare(run_id, produced, contract, None)?;
@@ -283,8 +284,9 @@ impl View<'_> {
             let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
             let one_is_far_below = gradients.iter().any(far_below);
             if compared.verdict == Verdict::Agree && (strict.is_empty() || !one_is_far_below) {
-                return Ok(compared);
+                return Ok(if far_above { self.precisely_at_fault(run_id, produced)?.unwrap_or(compared) } else { compared });
             }
+            far_above |= chosen.is_none() && largest_ratio(&compared) > FAR_ABOVE;
             if one_is_far_below {
                 continue;
             }
@@ -293,18 +295,30 @@ impl View<'_> {
             }
         }
         let (mut report, tolerances) = chosen.expect("every candidate has a contract");
-        let case = explain::Case {
+        report.findings = self.case(produced, &report, &tolerances).explain(self.progress);
+        report.crossing = self.crossing(produced, &report);
+        Ok(report)
+    }
+
+    /// The judgement under the strictest contract, if one fault explains precisely what a more generous one would allow.
+    fn precisely_at_fault(&self, run_id: &str, produced: &Produced) -> Result<Option<CandidateReport>, DiffError> {
+        let (mut report, tolerances) = self.compare(run_id, produced, &produced.contracts[0], None)?;
+        let Some(finding) = self.case(produced, &report, &tolerances).precise_fault(self.progress) else { return Ok(None) };
+        report.findings = vec![finding];
+        report.crossing = self.crossing(produced, &report);
+        Ok(Some(report))
+    }
+
+    fn case<'a>(&'a self, produced: &'a Produced, report: &'a CandidateReport, tolerances: &'a Tolerances) -> explain::Case<'a> {
+        explain::Case {
             step: self.step,
             judged: self.judged,
             truths: self.truths,
             produced,
-            tolerances: &tolerances,
+            tolerances,
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
-        };
-        report.findings = case.explain(self.progress);
-        report.crossing = self.crossing(produced, &report);
-        Ok(report)
+        }
     }
 
     /// The factors that g rounded to bfloat16 leaves in the gradients of each judged microbatch, if these look like that. It is
@@ -466,6 +480,13 @@ fn presence(run: &Run, dumped: &dump::Step) -> Presence {
     let folders = dumped.microbatches.iter().map(|(&m, folder)| (m, folder)).chain(torn);
     let absent = folders.flat_map(|(m, folder)| folder.absent().map(move |process| [process, m])).collect();
     Presence { processes: run.process_count, microbatches: dumped.num_microbatches, absent }
+}
+
+/// A ratio to the strictest contract's floor from which it is worth asking whether one fault makes it.
+const FAR_ABOVE: f64 = 15.0;
+
+fn largest_ratio(report: &CandidateReport) -> f64 {
+    report.microbatches.iter().flat_map(|m| &m.tensors).map(|t| t.ratio).fold(0.0, f64::max)
 }
 
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.

@@ -102,11 +102,11 @@ impl SynthOptions {
     pub fn planting(mut self, fault: Fault) -> Self {
         let options = &mut self.loss.options;
         match fault {
-            Fault::ValidVocabIgnored => options.valid_vocab = Some(self.vocab - self.vocab / 25),
+            Fault::ValidVocabIgnored(_) => options.valid_vocab = Some(self.vocab - self.vocab / 25),
             Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => options.logit_softcap = Some(8.0),
             Fault::ZlossGradientMissing => options.z_loss = 1e-3,
             Fault::LabelSmoothingIgnored => options.label_smoothing = 0.1,
-            Fault::LogitScaleIgnored | Fault::LogitScaleIgnoredInLogits => options.logit_scale = 0.5,
+            Fault::LogitScaleIgnored(_) => options.logit_scale = 0.5,
             Fault::MeanOfMeans => self.loss.reduction.microbatches = Microbatches::Global,
             Fault::DqCotangentMissing { .. }
             | Fault::DkCotangentMissing { .. }
