@@ -19,6 +19,7 @@ mod recorded;
 pub mod replay;
 pub mod sampling;
 pub mod step;
+mod substitute;
 pub mod synth;
 mod tiling;
 pub mod truth;
@@ -302,7 +303,12 @@ impl View<'_> {
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
         };
+        let substitution = substitute::substitute(&case);
         report.findings = case.explain(self.progress);
+        if let Some(substitution) = &substitution {
+            report.first_divergence = substitute::first_divergence(substitution, report.first_divergence);
+        }
+        report.substitution = substitution;
         report.crossing = self.crossing(produced, &report);
         Ok(report)
     }
@@ -413,6 +419,7 @@ impl View<'_> {
             microbatches,
             accumulated,
             first_divergence,
+            substitution: None,
             findings: vec![],
             crossing: None,
             presence: self.presence.clone(),
@@ -489,10 +496,14 @@ fn first_divergence(microbatches: &[MicrobatchReport], accumulated: Option<&Accu
     let diverges = |t: &&TensorReport| t.verdict == Verdict::Diverge;
     let of_microbatches = Stage::OF_A_MICROBATCH.iter().find_map(|stage| {
         let here = |m: &&MicrobatchReport| m.tensors.iter().filter(diverges).any(|t| t.name == stage.name());
-        microbatches.iter().find(here).map(|m| Divergence { microbatch: Some(m.microbatch), stage: stage.name().into() })
+        microbatches.iter().find(here).map(|m| Divergence {
+            microbatch: Some(m.microbatch),
+            stage: stage.name().into(),
+            enters: None,
+        })
     });
     of_microbatches.or_else(|| {
         let tensor = accumulated?.tensors.iter().find(diverges)?;
-        Some(Divergence { microbatch: None, stage: tensor.name.clone() })
+        Some(Divergence { microbatch: None, stage: tensor.name.clone(), enters: None })
     })
 }

@@ -1,10 +1,11 @@
 //! The report as one self-contained HTML file: no script, nothing fetched, light and dark by the reader's preference.
 
 use super::baseline::{self, Change, Comparison};
+use super::entry;
 use super::figures::{self, Tile};
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict, Worst};
 use super::summary::{self, Cell, Rung};
-use super::text::{scientific, value};
+use super::text::{list, percent, scientific, times, value};
 use std::fmt::Write;
 
 const HEAD: &str = concat!(
@@ -121,6 +122,7 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> st
     if let Some(observation) = summary::observation(candidate, &rungs) {
         writeln!(out, "<p>{}</p>", escape(&observation))?;
     }
+    entry(out, candidate)?;
     for finding in &candidate.findings {
         article(out, finding)?;
     }
@@ -279,6 +281,37 @@ fn bar(tensor: &TensorReport) -> String {
         return format!("{} not finite", tensor.nonfinite);
     }
     figures::bar(tensor.ratio, tensor.ratio_limit, tensor.verdict == Verdict::Agree)
+}
+
+/// Where the error enters, in words and stage by stage.
+fn entry(out: &mut String, candidate: &CandidateReport) -> std::fmt::Result {
+    let Some(substitution) = &candidate.substitution else { return Ok(()) };
+    writeln!(out, "<article><h3>Where it enters</h3><dl>")?;
+    for (label, text) in entry::lines(candidate) {
+        writeln!(out, "<dt>{label}</dt><dd>{}</dd>", escape(&text))?;
+    }
+    writeln!(
+        out,
+        "</dl>\n<details><summary>Stage by stage: each computed again from the candidate’s own stages before it</summary>\
+         <div class=\"scroll\"><table><thead><tr><th>stage</th><th>microbatch</th><th class=\"number\">ratio</th>\
+         <th>computed from</th><th class=\"number\">inherited</th><th class=\"number\">enters</th><th></th></tr></thead><tbody>"
+    )?;
+    for rung in &substitution.rungs {
+        let inputs: Vec<String> =
+            rung.inputs.iter().map(|input| format!("{}{}", if input.diverges { "✗ " } else { "✓ " }, input.stage)).collect();
+        let at = rung.microbatch.map_or("step".to_owned(), |m| m.to_string());
+        let from = if inputs.is_empty() { "–".to_owned() } else { escape(&list(&inputs)) };
+        let (class, stage, ratio) = (if rung.enters { " class=\"first\"" } else { "" }, escape(&rung.stage), times(rung.ratio));
+        let inherited = if rung.inputs.is_empty() { "–".to_owned() } else { percent(rung.inherited) };
+        let bar = figures::bar(rung.entering_ratio, rung.entering_limit, !rung.enters);
+        writeln!(
+            out,
+            "<tr{class}><td class=\"stage\">{stage}</td><td>{at}</td><td class=\"number\">{ratio}</td><td>{from}</td>\
+             <td class=\"number\">{inherited}</td><td class=\"number\">{}</td><td>{bar}</td></tr>",
+            times(rung.entering_ratio)
+        )?;
+    }
+    writeln!(out, "</tbody></table></div></details></article>")
 }
 
 fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {

@@ -27,6 +27,7 @@ pub(super) fn finding(
         remedy: fault.entry().remedy.into(),
         runner_up: runner_up.map(|(other, _, explained)| RunnerUp { cause: other.slug().into(), explained }),
         indistinguishable_from: vec![],
+        tell_apart: vec![],
     }
 }
 
@@ -74,6 +75,7 @@ impl Case<'_> {
             remedy: remedy.into(),
             runner_up: None,
             indistinguishable_from: vec![],
+            tell_apart: vec![],
         }
     }
 
@@ -110,6 +112,7 @@ impl Case<'_> {
             remedy: "record the inner stages (lse, label logits, the parts of dQ and dK) to see where it enters".into(),
             runner_up: nearest,
             indistinguishable_from: vec![],
+            tell_apart: vec![],
         }
     }
 }
@@ -147,9 +150,9 @@ fn parameters(fault: &Fault, left: f64, fits: &[(Fault, Fit)]) -> Map<String, Va
 }
 
 /// What to capture to tell the causes of a group apart.
-pub(super) fn to_tell_apart(causes: &[&str]) -> String {
-    let mut by: Vec<&str> = causes.iter().map(|cause| told_apart_by(cause)).collect();
+pub(super) fn to_tell_apart(causes: &[&str]) -> Vec<String> {
+    let mut by: Vec<String> = causes.iter().map(|cause| told_apart_by(cause).to_owned()).collect();
     by.sort_unstable();
     by.dedup();
-    format!("; {} do the same here: to tell them apart, capture {}", causes.join(", "), by.join("; and "))
+    by
 }
