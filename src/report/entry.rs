@@ -23,6 +23,10 @@ const STAGES: [&str; 11] = [
 const NEARLY_ALL: f64 = 0.9;
 /// Shares this close are one.
 const EQUAL: f64 = 0.02;
+/// A share that is all but for the rounding of sums.
+const ALL: f64 = 0.9999;
+/// What a loss function gives.
+const ENDS: [&str; 4] = ["loss", "d_hidden", "d_unembedding", "accumulated_d_unembedding"];
 /// A repair worth telling leaves at most this part.
 const HELPS: f64 = 0.5;
 
@@ -35,11 +39,11 @@ pub(super) fn lines(candidate: &CandidateReport) -> Vec<(&'static str, String)> 
     for stage in &entering {
         out.push(("enters", enters(stage, candidate)));
     }
-    let inherited: Vec<String> = stages.iter().filter_map(|stage| inherited(stage.worst())).collect();
+    let inherited = inherited(&stages);
     if !inherited.is_empty() {
         out.push(("inherited", inherited.join("; ")));
     }
-    let repaired = repairs(substitution);
+    let repaired = repairs(substitution, &entering);
     if !repaired.is_empty() {
         out.push(("repaired", repaired.join("; ")));
     }
@@ -96,7 +100,7 @@ fn enters(stage: &Stage, candidate: &CandidateReport) -> String {
         (None, _) => String::new(),
         (Some(_), 1) if candidate.microbatches.len() == 1 => String::new(),
         (Some(m), 1) => format!(" of microbatch {m}"),
-        (Some(m), n) => format!(" of {n} microbatches, most in {m}"),
+        (Some(m), n) => format!(" in {n} of {} microbatches looked at, most in {m}", stage.rungs.len()),
     };
     let names = |diverges: bool| -> Vec<&str> {
         rung.inputs.iter().filter(|input| input.diverges == diverges).map(|input| input.stage.as_str()).collect()
@@ -141,6 +145,16 @@ fn made_by(rung: &Substituted) -> &'static str {
     }
 }
 
+/// What the direction of the first error says of it, if that is the factors of rows.
+pub(super) fn seen(candidate: &CandidateReport) -> Option<String> {
+    let first = candidate.first_divergence.as_ref()?;
+    let rungs = &candidate.substitution.as_ref()?.rungs;
+    let rung = rungs.iter().find(|rung| rung.stage == first.stage && rung.microbatch == first.microbatch)?;
+    let along = rung.along.as_ref()?;
+    let most = along.lse.share.max(along.label.share).max(along.gradient.share);
+    (most >= NEARLY_ALL).then(|| direction(along, &rung.stage))
+}
+
 /// Along which part of a gradient the error lies.
 fn direction(along: &Along, stage: &str) -> String {
     let of_tokens = stage == "d_hidden";
@@ -152,7 +166,7 @@ fn direction(along: &Along, stage: &str) -> String {
             percent(share)
         );
     }
-    let parts = [("lse part", &along.lse), ("label part", &along.label), ("whole row", &along.gradient)];
+    let parts = [("lse part", &along.lse), ("label part", &along.label), ("whole", &along.gradient)];
     let best = parts.iter().map(|(_, part)| part.share).fold(0.0, f64::max);
     let fitting: Vec<&(&str, &AlongPart)> =
         parts.iter().filter(|(_, part)| part.share >= NEARLY_ALL && part.share >= best - EQUAL).collect();
@@ -167,22 +181,20 @@ fn direction(along: &Along, stage: &str) -> String {
         ),
         [(name, part)] => {
             let [low, high] = part.factors;
-            let factor = match (part.share_of_one >= part.share - EQUAL, of_tokens) {
-                (true, _) => format!("one factor, {},", scientific((low + high) / 2.0)),
-                (false, true) => format!("a factor per token, {} to {},", scientific(low), scientific(high)),
-                (false, false) => format!("a factor per vocab id, {} to {},", scientific(low), scientific(high)),
+            let alike = high - low <= EQUAL * high.abs().max(1.0);
+            let factor = match alike {
+                true => format!("One factor, {},", scientific((low + high) / 2.0)),
+                false => format!("A factor per {row}, {} to {},", scientific(low), scientific(high)),
             };
+            let some = if alike && part.share_of_one < part.share - EQUAL { " of the rows that are off" } else { "" };
             let meaning = match (*name, of_tokens) {
                 ("lse part", true) => ": lse, or its cotangent, as the backward takes them",
                 ("label part", true) => ": the label's term",
-                ("whole row", true) => ": g, or rows left out",
+                ("whole", _) if alike && low.abs() < EQUAL => ": they are left out",
+                ("whole", true) => ": g, as the backward takes it",
                 _ => "",
             };
-            format!("{factor} on the {name} accounts for {} of it{meaning}", percent(part.share)).replacen(
-                ['o', 'a'],
-                if factor.starts_with('o') { "O" } else { "A" },
-                1,
-            )
+            format!("{factor} on the {name}{some} accounts for {} of it{meaning}", percent(part.share))
         }
         _ => {
             let names: Vec<&str> = fitting.iter().map(|(name, _)| *name).collect();
@@ -195,42 +207,68 @@ fn direction(along: &Along, stage: &str) -> String {
     }
 }
 
-fn inherited(rung: &Substituted) -> Option<String> {
-    if rung.enters {
-        return None;
-    }
-    let from: Vec<&str> =
-        rung.inputs.iter().filter(|input| input.diverges || rung.rounded_inputs).map(|i| i.stage.as_str()).collect();
-    let left = times(rung.entering_ratio);
-    if rung.rounded_inputs {
-        return Some(format!(
-            "{} is made of {} as recorded, so that their rounding is its error ({left} the floor is left)",
-            rung.stage,
-            list(&from)
-        ));
-    }
-    Some(format!("{} has {} of its error from {} ({left} the floor is left)", rung.stage, percent(rung.inherited), list(&from)))
-}
-
-/// "with the reference's lse, d_hidden falls from 12.0× to 1.02× the floor", for every stage that helps.
-fn repairs(substitution: &Substitution) -> Vec<String> {
-    let mut best: Vec<(&str, Vec<&Repair>)> = Vec::new();
-    let diverges = |repair: &&Repair| repair.before > 1.0 && repair.after <= HELPS * repair.before;
-    for repair in substitution.repairs.iter().filter(diverges) {
-        let place = best.iter().position(|(stage, _)| *stage == repair.repaired).unwrap_or_else(|| {
-            best.push((&repair.repaired, vec![]));
-            best.len() - 1
-        });
-        let known = &mut best[place].1;
-        match known.iter_mut().find(|known| known.stage == repair.stage) {
-            Some(known) if known.before < repair.before => *known = repair,
-            Some(_) => {}
-            None => known.push(repair),
+/// The stages that an error comes from, through all that it passes.
+fn roots<'a>(stages: &[Stage<'a>], rung: &'a Substituted, out: &mut Vec<&'a str>) {
+    for input in rung.inputs.iter().filter(|input| input.diverges || rung.rounded_inputs) {
+        match stages.iter().map(Stage::worst).find(|from| from.stage == input.stage && !from.enters && !rung.rounded_inputs) {
+            Some(from) => roots(stages, from, out),
+            None if out.contains(&input.stage.as_str()) => {}
+            None => out.push(&input.stage),
         }
     }
-    let change = |repair: &&Repair| format!("{} {} → {}", repair.stage, times(repair.before), times(repair.after));
-    let sentence = |(stage, repairs): (&str, Vec<&Repair>)| {
-        format!("with the reference's {stage}: {}", repairs.iter().map(change).collect::<Vec<_>>().join(", "))
+}
+
+/// What has its error from where, by where it is from.
+fn inherited(stages: &[Stage]) -> Vec<String> {
+    let mut groups: Vec<(Vec<&str>, Vec<&Substituted>)> = Vec::new();
+    let mut out = Vec::new();
+    for rung in stages.iter().map(Stage::worst).filter(|rung| !rung.enters) {
+        let mut from = Vec::new();
+        roots(stages, rung, &mut from);
+        if rung.rounded_inputs {
+            out.push(format!(
+                "{} is made of {} as recorded: their rounding is its error ({} the floor is left)",
+                rung.stage,
+                list(&from),
+                times(rung.entering_ratio)
+            ));
+            continue;
+        }
+        match groups.iter_mut().find(|(known, _)| *known == from) {
+            Some((_, rungs)) => rungs.push(rung),
+            None => groups.push((from, vec![rung])),
+        }
+    }
+    for (from, rungs) in groups {
+        let names: Vec<&str> = rungs.iter().map(|rung| rung.stage.as_str()).collect();
+        let least = rungs.iter().map(|rung| rung.inherited).fold(1.0, f64::min);
+        let left = rungs.iter().map(|rung| rung.entering_ratio).fold(0.0, f64::max);
+        let (have, their) = if names.len() == 1 { ("has", "its") } else { ("have", "their") };
+        let share = if least > ALL { "all".to_owned() } else { percent(least) + if names.len() == 1 { "" } else { " or more" } };
+        let most = if names.len() == 1 { "" } else { "at most " };
+        let (names, from, left) = (list(&names), list(&from), times(left));
+        out.push(format!("{names} {have} {share} of {their} error from {from} ({most}{left} the floor is left)"));
+    }
+    out
+}
+
+/// "with the reference's lse: d_hidden falls from 12.0× to 1.02×", for every stage in which an error enters and that helps.
+fn repairs(substitution: &Substitution, entering: &[&Stage]) -> Vec<String> {
+    let helps = |repair: &&Repair| repair.before > 1.0 && repair.after <= HELPS * repair.before;
+    let sentence = |stage: &&Stage| {
+        let name = &stage.worst().stage;
+        let of_stage = substitution.repairs.iter().filter(|repair| repair.repaired == *name).filter(helps);
+        let mut worst: Vec<&Repair> = Vec::new();
+        for repair in of_stage.filter(|repair| ENDS.contains(&repair.stage.as_str())) {
+            match worst.iter_mut().find(|known| known.stage == repair.stage) {
+                Some(known) if known.before < repair.before => *known = repair,
+                Some(_) => {}
+                None => worst.push(repair),
+            }
+        }
+        let change = |repair: &&Repair| format!("{} {} → {}", repair.stage, times(repair.before), times(repair.after));
+        let changes: Vec<String> = worst.iter().map(change).collect();
+        (!changes.is_empty()).then(|| format!("with the reference's {name}: {}", changes.join(", ")))
     };
-    best.into_iter().map(sentence).collect()
+    entering.iter().filter_map(sentence).collect()
 }

@@ -129,7 +129,7 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> st
     if !figures.is_empty() {
         writeln!(out, "<article><h3>Where it lies</h3><div class=\"figures\">\n{figures}</div></article>")?;
     }
-    worst_elements(out, &rungs)?;
+    worst_elements(out, candidate, &rungs)?;
     let command = escape(&summary::command(report, candidate));
     writeln!(out, "<article><h3>To reproduce</h3><pre><code>{command}</code></pre></article>\n</section>")
 }
@@ -234,10 +234,10 @@ fn at(cell: &Cell, before: &str) -> String {
 
 fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     let several = candidate.microbatches.len() > 1;
-    let microbatch = if several { "<th class=\"number\">worst (✗ of)</th>" } else { "" };
+    let microbatch = if several { "<th class=\"number roomy\">worst (✗ of)</th>" } else { "" };
     writeln!(
         out,
-        "<div class=\"scroll\"><table><thead><tr><th></th><th>stage</th><th class=\"number\">rel. L2</th><th class=\"number\">floor</th>\
+        "<div class=\"scroll\"><table><thead><tr><th></th><th>stage</th><th class=\"number roomy\">rel. L2</th><th class=\"number roomy\">floor</th>\
          <th class=\"number\">ratio</th>{microbatch}<th>{}</th></tr></thead><tbody>",
         figures::bar_axis(&summary::AXIS)
     )?;
@@ -251,10 +251,10 @@ fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std:
             (Verdict::Diverge, true) => " class=\"after\"",
         };
         let at = cell.microbatch.map_or("step".to_owned(), |m| format!("mb {m} ({} of {})", rung.diverging(), rung.cells.len()));
-        let at = if several { format!("<td class=\"number\">{at}</td>") } else { String::new() };
+        let at = if several { format!("<td class=\"number roomy\">{at}</td>") } else { String::new() };
         writeln!(
             out,
-            "<tr{row}><td>{}</td><td class=\"stage\">{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td>{at}<td>{}</td></tr>",
+            "<tr{row}><td>{}</td><td class=\"stage\">{}</td><td class=\"number roomy\">{}</td><td class=\"number roomy\">{}</td><td class=\"number\">{}</td>{at}<td>{}</td></tr>",
             mark(rung.verdict()),
             escape(&rung.stage),
             optional(t.rel_l2),
@@ -315,9 +315,11 @@ fn entry(out: &mut String, candidate: &CandidateReport) -> std::fmt::Result {
 }
 
 fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {
-    let tag = summary::confidence(finding.confidence);
-    let title = escape(&finding.title);
-    writeln!(out, "<article><h3>{}. {title} <span class=\"tag\">{tag}</span></h3><dl>", finding.rank)?;
+    let tag = match finding.cause.as_str() {
+        "unknown" => String::new(),
+        _ => format!(" <span class=\"tag\">{}</span>", summary::confidence(finding.confidence)),
+    };
+    writeln!(out, "<article><h3>{}. {}{tag}</h3><dl>", finding.rank, escape(&finding.title))?;
     writeln!(out, "<dt>cause</dt><dd><code>{}</code></dd>", escape(&finding.cause))?;
     for (label, text) in summary::details(finding) {
         writeln!(out, "<dt>{label}</dt><dd>{}</dd>", escape(&text))?;
@@ -325,22 +327,22 @@ fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {
     writeln!(out, "</dl></article>")
 }
 
-fn worst_elements(out: &mut String, rungs: &[Rung]) -> std::fmt::Result {
+fn worst_elements(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     writeln!(
         out,
         "<article><h3>Worst elements</h3><div class=\"scroll\"><table><thead><tr><th>stage</th><th>microbatch</th><th>place</th>\
          <th class=\"number\">candidate</th><th class=\"number\">reference</th><th class=\"number\">difference</th>\
          <th class=\"number\">factor</th></tr></thead><tbody>"
     )?;
-    let mut most = OF_THE_FIRST;
+    let first = candidate.first_divergence.as_ref().map(|first| first.stage.as_str());
     for rung in rungs.iter().filter(|rung| rung.verdict() == Verdict::Diverge) {
         let cell = rung.worst();
+        let most = if first == Some(rung.stage.as_str()) { OF_THE_FIRST } else { OF_OTHERS };
         let several = cell.tensor.plots.as_ref().map(|plots| plots.worst.as_slice()).filter(|_| cell.tensor.nonfinite == 0);
         let of_tensor = cell.tensor.worst.as_slice();
         for worst in several.filter(|several| !several.is_empty()).unwrap_or(of_tensor).iter().take(most) {
             writeln!(out, "{}", element(&rung.stage, &cell, worst))?;
         }
-        most = OF_OTHERS;
     }
     writeln!(out, "</tbody></table></div></article>")
 }

@@ -1,8 +1,8 @@
 //! What every renderer says alike: the verdict in a sentence, the ladder of stages, the words for a pattern.
 
 use super::model::{CandidateReport, Confidence, Finding, GradNorm, Report, TensorReport, Verdict};
-use super::pattern;
 use super::text::{count, list, percent, scientific, times, value};
+use super::{entry, pattern};
 
 /// The stages within a microbatch, in the order in which an error runs through them.
 const STAGES: [&str; 9] = [
@@ -214,7 +214,10 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
         },
     };
     if let Some(best) = candidate.findings.first() {
-        sentence += &format!("; {}", cause(best));
+        sentence += &match entry::seen(candidate).filter(|_| best.cause == "unknown") {
+            Some(seen) => format!("; cause unknown. {seen}"),
+            None => format!("; {}", cause(best)),
+        };
         let more = candidate.findings.len() - 1;
         if more > 0 {
             sentence += &format!(", and {}", count(more, "further finding"));

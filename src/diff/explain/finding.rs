@@ -5,6 +5,7 @@ use super::bench::Fit;
 use super::search::EQUAL;
 use crate::diff::fault::{Fault, told_apart_by};
 use crate::report::model::{Confidence, Finding, RunnerUp, TensorReport, Verdict};
+use crate::report::text::{percent, times};
 use serde_json::{Map, Value};
 
 /// The finding that `fault` makes, whose fit is one of `fits`; its rank, its share of the whole and its confidence are yet to be set.
@@ -86,10 +87,10 @@ impl Case<'_> {
             .map(|(m, t)| {
                 let pattern = t.pattern.as_ref().map_or("uniform", |p| &p.kind);
                 format!(
-                    "{}{} ({pattern}, {:.1} × floor)",
+                    "{}{} ({pattern}, {} its floor)",
                     t.name,
                     m.map_or(String::new(), |m| format!(" of microbatch {m}")),
-                    t.ratio
+                    times(t.ratio)
                 )
             })
             .collect()
@@ -119,13 +120,13 @@ impl Case<'_> {
 
 fn evidence(fault: &Fault, fit: &Fit, before: &Fit, runner_up: Option<(&Fault, &Fit)>) -> String {
     let mut text = format!(
-        "applied to the reference on this very data, it removes {:.2} % of the squared deviation: from {:.1} times the floor to {:.2}",
-        100.0 * (1.0 - fit.left() / before.left()),
-        before.ratio(),
-        fit.ratio(),
+        "applied to the reference on this very data, it removes {} of the squared deviation: from {} the floor to {}",
+        percent(1.0 - fit.left() / before.left()),
+        times(before.ratio()),
+        times(fit.ratio()),
     );
     if let Some((other, other_fit)) = runner_up {
-        text += &format!("; the next best, {}, leaves {:.1} times the floor", other.slug(), other_fit.ratio());
+        text += &format!("; the next best, {}, leaves {} the floor", other.slug(), times(other_fit.ratio()));
     }
     text + &format!(". Such a fault leaves: {}", fault.entry().leaves_behind)
 }
