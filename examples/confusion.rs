@@ -126,7 +126,7 @@ fn healthy(chosen: &Options) -> Result<(), Box<dyn Error>> {
             weights: seed % 3 == 0,
             loss,
             // Honest where gradients are in bfloat16.
-            faults: if gradients == Precision::Bf16 && seed % 2 == 0 { vec![Fault::DlogitsBf16] } else { vec![] },
+            faults: if gradients == Precision::Bf16 && seed % 2 == 0 { vec![Fault::parse("dlogits-bf16")?] } else { vec![] },
             seed,
             ..SynthOptions::default()
         };

@@ -288,7 +288,7 @@ impl<'a> Search<'a> {
         (finding.rank, finding.confidence, finding.explained) = (rank, confidence, explained(&alone));
         if !same.is_empty() {
             let causes: Vec<&str> = std::iter::once(fault.slug()).chain(same.iter().map(String::as_str)).collect();
-            finding.evidence += &to_tell_apart(&causes);
+            finding.tell_apart = to_tell_apart(&causes);
         }
         finding.indistinguishable_from = same;
         Some((finding, place))
