@@ -60,10 +60,21 @@ pub fn run(args: &Isolate, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
 fn on_signals() -> Result<Arc<AtomicUsize>, std::io::Error> {
     let interrupt = Arc::new(AtomicUsize::new(0));
     #[cfg(unix)]
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        signal_hook::flag::register_usize(signal, Arc::clone(&interrupt), signal.unsigned_abs() as usize)?;
+    {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal)) {
+            signal_hook::flag::register_usize(signal, Arc::clone(&interrupt), signal.unsigned_abs() as usize)?;
+        }
     }
     Ok(interrupt)
+}
+
+/// Whether this process was started with the signal ignored, as nohup does, where Linux tells.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// The command fails without any switch: what, where, found, expected, remedy.
@@ -141,7 +152,7 @@ fn table(runs: &[Run], switches: &[Switch], style: Style) -> String {
     let needed = |column: usize| rows.iter().map(|row| columns(&row[column])).max().unwrap_or(0).max(columns(HEADING[column]));
     let free = style.width.saturating_sub(2 + needed(0) + needed(1) + needed(4) + 2 * (HEADING.len() - 1));
     let on = needed(2).min(free / 3);
-    let result = needed(3).min((free - on).saturating_sub(needed(5).min(free / 4)));
+    let result = needed(3).min((free - on).saturating_sub(needed(5).min((free - on) / 2)));
     let widths = [(2, on), (3, result), (5, free - on - result)];
     let mut table = Table::new(&HEADING);
     for mut row in rows {

@@ -250,7 +250,10 @@ impl Evidence<'_> {
                 notes.push(format!("run{} {} {what}", if runs.len() > 1 { "s" } else { "" }, list(&runs)));
             }
         };
-        of(&Run::is_perhaps_slow, "were still putting out something when time was up: perhaps only slow; raise --timeout");
+        of(
+            &|run| self.experiment.is_perhaps_slow(run),
+            "were still putting out something when time was up: perhaps only slow; raise --timeout",
+        );
         of(&|run| run.left_behind, "left a process behind, outside the process group, that still ran afterwards");
     }
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Its name in the log folder.
 pub(super) const FILE: &str = "journal.jsonl";
-const SCHEMA: &str = "xent-isolate/1";
+const SCHEMA: &str = "xent-isolate-journal/1";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]

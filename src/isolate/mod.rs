@@ -122,13 +122,6 @@ pub struct Run {
     pub log: String,
 }
 
-impl Run {
-    /// Time was up, but output had come until then.
-    pub fn is_perhaps_slow(&self) -> bool {
-        self.outcome == Outcome::Hang && self.reason.ends_with(outcome::UNTIL_THE_END)
-    }
-}
-
 /// Is told how far the work is.
 pub trait Watch {
     /// A run begins, with these switches on.

@@ -1,7 +1,7 @@
 //! The rule by which success, failure, crash and hang are told apart.
 
-use super::Experiment;
 use super::log::Seen;
+use super::{Experiment, Run};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -51,28 +51,37 @@ impl Outcome {
 
 /// A run that put out something in the last tenth of its time is perhaps only slow.
 const STILL: f64 = 0.9;
-pub(super) const UNTIL_THE_END: &str = "output until the end";
 
 impl Experiment {
+    fn talks_until_the_end(&self, last_output: f64) -> bool {
+        last_output > STILL * self.timeout.as_secs_f64()
+    }
+
+    /// Whether the run hangs, but was at work until its time was up.
+    pub(super) fn is_perhaps_slow(&self, run: &Run) -> bool {
+        let time_up = run.outcome == Outcome::Hang && run.seconds >= self.timeout.as_secs_f64();
+        time_up && run.last_output.is_some_and(|at| self.talks_until_the_end(at))
+    }
+
     /// The first of these that applies: it did not end, a signal ended it, the failure pattern was seen, its exit code is not 0,
     /// the success pattern was not seen; else it succeeded. With what tells so.
     pub(super) fn outcome(&self, ended: &Ended, seen: &Seen) -> (Outcome, String) {
-        let silent_from = match ended.last_output {
-            None => "no output at all".to_owned(),
-            Some(at) => format!("silent from {at:.1} s on"),
-        };
+        let limit = seconds(self.timeout);
         match ended.end {
-            End::Silent => (Outcome::Hang, format!("{} of silence, {silent_from}", seconds(self.silence.unwrap_or_default()))),
-            End::TimeUp => {
-                let still = ended.last_output.is_some_and(|at| at > STILL * self.timeout.as_secs_f64());
-                let output = if still { UNTIL_THE_END } else { &silent_from };
-                (Outcome::Hang, format!("no end in {}, {output}", seconds(self.timeout)))
+            End::Silent => {
+                let limit = seconds(self.silence.unwrap_or_default());
+                (Outcome::Hang, format!("silent for {limit} from {:.1} s on", ended.last_output.unwrap_or_default()))
             }
+            End::TimeUp => match ended.last_output {
+                None => (Outcome::Hang, format!("no output in {limit}")),
+                Some(at) if self.talks_until_the_end(at) => (Outcome::Hang, format!("output until {limit}")),
+                Some(at) => (Outcome::Hang, format!("silent from {at:.1} s to {limit}")),
+            },
             End::Signal(signal) | End::Interrupted(signal) => (Outcome::Crash, signal_words(signal)),
             // So a shell says how a command of its own ended.
             End::Exit(code @ 129..160) => (Outcome::Crash, format!("exit code {code}: {}", signal_words(code - 128))),
             End::Exit(code) => match &seen.failure {
-                Some(line) => (Outcome::Failure, format!("failure pattern: {line}")),
+                Some(line) => (Outcome::Failure, format!("pattern: {line}")),
                 None if code != 0 => (Outcome::Failure, format!("exit code {code}")),
                 None if self.success.is_some() && !seen.success => {
                     (Outcome::Failure, "exit code 0, without the success pattern".to_owned())
@@ -84,7 +93,7 @@ impl Experiment {
 }
 
 /// `10 s`, `0.5 s`.
-pub(super) fn seconds(time: Duration) -> String {
+fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f64())
 }
 

@@ -3,6 +3,7 @@
 use super::support::{BINARY, Bench, Ended, runs};
 use serde_json::{Value, json};
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -111,7 +112,7 @@ fn silence_ends_a_run_early_and_talk_does_not() {
     let (_, report) = bench.report(&["--switch", "a=A=1", "--switch", "b=B=1", "--silence", "0.8", "--timeout", "50"]);
     assert!(begun.elapsed() < Duration::from_secs(40));
     assert_eq!(report["culprit"], json!(["b"]));
-    assert!(report["runs"][2]["reason"].as_str().unwrap().starts_with("0.8 s of silence"), "{report}");
+    assert!(report["runs"][2]["reason"].as_str().unwrap().starts_with("silent for 0.8 s from "), "{report}");
     assert!(outcomes(&report).contains(&("a".into(), "success".into())));
 }
 
@@ -119,7 +120,7 @@ fn silence_ends_a_run_early_and_talk_does_not() {
 fn what_still_talks_when_time_is_up_is_said_to_be_slow_perhaps() {
     let bench = Bench::new(r#"[ "$A" != 1 ] || while :; do echo busy; sleep 0.02; done"#);
     let ended = bench.isolate(&["--switch", "a=A=1", "--timeout", "0.6"]);
-    assert!(ended.out.contains("output until the end"), "{}", ended.out);
+    assert!(ended.out.contains("output until 0.6 s"), "{}", ended.out);
     assert!(ended.out.contains("runs 3 and 4 were still putting out"), "{}", ended.out);
 }
 
@@ -142,7 +143,7 @@ fn patterns_decide_where_exit_codes_do_not() {
     let bench = Bench::new(r#"echo "loss 1.$A"; [ "$B" = 1 ] && echo "loss NaN"; [ "$C" = 1 ] || echo finished; true"#);
     let failure = bench.report(&with(&["--failure-pattern", "(?i)\\bnan$", "--logs", "one"])).1;
     assert_eq!(failure["culprit"], json!(["b"]));
-    assert_eq!(failure["runs"][2]["reason"], "failure pattern: loss NaN");
+    assert_eq!(failure["runs"][2]["reason"], "pattern: loss NaN");
     let success = bench.report(&with(&["--success-pattern", "^finished$", "--logs", "two"])).1;
     assert_eq!(success["culprit"], json!(["c"]));
     assert_eq!(success["runs"][2]["reason"], "exit code 0, without the success pattern");
@@ -351,4 +352,36 @@ fn help_tells_the_rule_and_the_exit_codes() {
     {
         assert!(help.out.contains(words), "{words}: {}", help.out);
     }
+}
+
+#[test]
+fn a_signal_that_is_ignored_from_the_start_stays_so() {
+    let bench = Bench::new(WAITS);
+    let line = "trap '' HUP; exec \"$0\" isolate --cmd ./run.sh --switch a=A=1 --switch b=B=1 --switch c=C=1";
+    let isolate =
+        Command::new("sh").current_dir(bench.folder()).args(["-c", line, BINARY]).stdout(Stdio::null()).spawn().unwrap();
+    wait_until("run 5 waits", || bench.read("waits").ends_with('\n'));
+    let send = |signal: &str| assert!(Command::new("kill").args([signal, &isolate.id().to_string()]).status().unwrap().success());
+    send("-HUP");
+    sleep(Duration::from_millis(300));
+    assert!(runs(bench.read("waits").trim()));
+    send("-TERM");
+    assert_eq!(isolate.wait_with_output().unwrap().status.code(), Some(143));
+    assert!(!runs(bench.read("waits").trim()));
+}
+
+/// Times, which differ from run to run.
+fn untimed(text: &str) -> String {
+    regex::Regex::new(r"\d+\.\d s").unwrap().replace_all(text, "_ s").into_owned()
+}
+
+#[test]
+fn the_document_shows_what_is_printed() {
+    let document = include_str!("../../docs/isolate.md");
+    let block = |language: &str| document.split(&format!("```{language}\n")).nth(1).unwrap().split("```").next().unwrap();
+    let bench = Bench::new("");
+    let path = format!("{}:{}", Path::new(BINARY).parent().unwrap().display(), std::env::var("PATH").unwrap());
+    let output = Command::new("sh").current_dir(bench.folder()).args(["-ec", block("sh")]).env("PATH", path).output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert_eq!(untimed(&String::from_utf8(output.stdout).unwrap()), untimed(block("text")));
 }

@@ -10,6 +10,9 @@ use tempfile::TempDir;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_xent-diff");
 
+/// No call may take longer, on a machine however busy.
+const LIMIT: Duration = Duration::from_secs(180);
+
 /// What came of a call.
 pub struct Ended {
     pub code: Option<i32>,
@@ -51,7 +54,7 @@ impl Bench {
 
     pub fn call(&self, arguments: &[&str]) -> Ended {
         let mut command = Command::new(BINARY);
-        let output = command.current_dir(self.folder()).args(arguments).timeout(Duration::from_secs(60)).output().unwrap();
+        let output = command.current_dir(self.folder()).args(arguments).timeout(LIMIT).output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         Ended { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
     }
