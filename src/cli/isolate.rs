@@ -193,7 +193,7 @@ fn value(isolation: &Isolation, experiment: &Experiment, logs: &Path) -> Value {
         "command": experiment.command,
         "switches": experiment.switches.iter().map(switch).collect::<Vec<_>>(),
         "sets": sets.collect::<Vec<_>>(),
-        "logs": logs,
+        "logs": logs.display().to_string(),
         "earlier": earlier,
         "runs": runs,
     })

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+pub(super) const SHELL: &str = "/bin/sh";
 /// What a group has, once asked to end, before it is killed.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long those that were killed may take to go.
@@ -80,8 +81,6 @@ pub(super) fn run(
     }
 }
 
-pub(super) const SHELL: &str = "/bin/sh";
-
 /// Whether something still has `log` as its output.
 pub(super) fn is_held(log: &Path) -> bool {
     File::open(log).is_ok_and(|log| !lock(&log))
@@ -89,8 +88,8 @@ pub(super) fn is_held(log: &Path) -> bool {
 
 /// Ends what is left of a run whose `isolate` was killed: the group `id`, whose output is `log`. Whether nothing is left.
 pub(super) fn end_orphans(id: u32, log: &Path) -> bool {
-    // As long as one of them holds the log, the number of their group is given to no other.
-    let Some(id) = i32::try_from(id).ok().and_then(Pid::from_raw) else { return !is_held(log) };
+    // As long as one of them holds the log, the number of their group is given to no other. A group 1 would mean every process.
+    let Some(id) = i32::try_from(id).ok().filter(|&id| id > 1).and_then(Pid::from_raw) else { return !is_held(log) };
     for (signal, time) in [(Signal::TERM, GRACE), (Signal::KILL, LAST)] {
         let begun = Instant::now();
         if is_held(log) {

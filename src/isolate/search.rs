@@ -272,7 +272,7 @@ impl<B: Bench> Trial<'_, B> {
         loop {
             let tally = self.tally(set);
             let hopeless = tally.failures == 0 && tally.passes >= minimum;
-            if tally.failures >= minimum || hopeless || tally.runs() >= MOST.max(10 * minimum) {
+            if tally.failures >= minimum || hopeless || tally.runs() >= MOST.max(minimum.saturating_mul(10)) {
                 return Ok(());
             }
             self.run(set, step)?;

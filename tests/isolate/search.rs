@@ -107,7 +107,7 @@ fn a_failure_that_another_switch_hides_is_found_alone() {
     assert_eq!(culprit, Culprit { set: set(&[2]), alone: vec![2], cures: vec![] });
 }
 
-/// Sets, none within another's reach of emptiness, whose supersets fail.
+/// A number of switches, and sets of them whose supersets fail.
 fn families() -> impl Strategy<Value = (usize, Vec<Set>)> {
     (1usize..11).prop_flat_map(|n| {
         let failing = prop::collection::btree_set(0..n, 1..=n.min(5));
