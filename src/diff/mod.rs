@@ -19,6 +19,7 @@ mod recorded;
 pub mod replay;
 pub mod sampling;
 pub mod step;
+mod substitute;
 pub mod synth;
 mod tiling;
 pub mod truth;
@@ -27,7 +28,7 @@ pub use error::DiffError;
 
 use crate::dump::{self, Dump, LoadedMicrobatch, MicrobatchGradients, Run};
 use crate::report::model::{
-    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
+    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, Finding, GradNorm, MicrobatchReport, Report,
     SampleReport, TensorReport, Verdict,
 };
 use crate::report::plots::{Crossing, Presence};
@@ -294,19 +295,34 @@ impl View<'_> {
                 chosen = Some((compared, tolerances));
             }
         }
-        let (mut report, tolerances) = chosen.expect("every candidate has a contract");
-        report.findings = self.case(produced, &report, &tolerances).explain(self.progress);
+        let (report, tolerances) = chosen.expect("every candidate has a contract");
+        let findings = self.case(produced, &report, &tolerances).explain(self.progress);
+        Ok(self.explained(produced, report, &tolerances, findings))
+    }
+
+    /// A judgement with what is known of where its errors come from.
+    fn explained(
+        &self,
+        produced: &Produced,
+        mut report: CandidateReport,
+        tolerances: &Tolerances,
+        findings: Vec<Finding>,
+    ) -> CandidateReport {
+        let substitution = substitute::substitute(&self.case(produced, &report, tolerances));
+        if let Some(substitution) = &substitution {
+            report.first_divergence = substitute::first_divergence(substitution, report.first_divergence);
+        }
+        report.substitution = substitution;
         report.crossing = self.crossing(produced, &report);
-        Ok(report)
+        report.findings = findings;
+        report
     }
 
     /// The judgement under the strictest contract, if one fault explains precisely what a more generous one would allow.
     fn precisely_at_fault(&self, run_id: &str, produced: &Produced) -> Result<Option<CandidateReport>, DiffError> {
-        let (mut report, tolerances) = self.compare(run_id, produced, &produced.contracts[0], None)?;
-        let Some(finding) = self.case(produced, &report, &tolerances).precise_fault(self.progress) else { return Ok(None) };
-        report.findings = vec![finding];
-        report.crossing = self.crossing(produced, &report);
-        Ok(Some(report))
+        let (report, tolerances) = self.compare(run_id, produced, &produced.contracts[0], None)?;
+        let finding = self.case(produced, &report, &tolerances).precise_fault(self.progress);
+        Ok(finding.map(|finding| self.explained(produced, report, &tolerances, vec![finding])))
     }
 
     fn case<'a>(&'a self, produced: &'a Produced, report: &'a CandidateReport, tolerances: &'a Tolerances) -> explain::Case<'a> {
@@ -427,6 +443,7 @@ impl View<'_> {
             microbatches,
             accumulated,
             first_divergence,
+            substitution: None,
             findings: vec![],
             crossing: None,
             presence: self.presence.clone(),
@@ -510,10 +527,14 @@ fn first_divergence(microbatches: &[MicrobatchReport], accumulated: Option<&Accu
     let diverges = |t: &&TensorReport| t.verdict == Verdict::Diverge;
     let of_microbatches = Stage::OF_A_MICROBATCH.iter().find_map(|stage| {
         let here = |m: &&MicrobatchReport| m.tensors.iter().filter(diverges).any(|t| t.name == stage.name());
-        microbatches.iter().find(here).map(|m| Divergence { microbatch: Some(m.microbatch), stage: stage.name().into() })
+        microbatches.iter().find(here).map(|m| Divergence {
+            microbatch: Some(m.microbatch),
+            stage: stage.name().into(),
+            enters: None,
+        })
     });
     of_microbatches.or_else(|| {
         let tensor = accumulated?.tensors.iter().find(diverges)?;
-        Some(Divergence { microbatch: None, stage: tensor.name.clone() })
+        Some(Divergence { microbatch: None, stage: tensor.name.clone(), enters: None })
     })
 }

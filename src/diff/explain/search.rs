@@ -127,20 +127,24 @@ impl<'a> Search<'a> {
             !trial.touches.d_unembedding || self.excerpts.iter().all(|excerpt| excerpt.knows(&trial.how))
         });
         let bounded = self.bounded(costly, applied, &current);
-        cheap.extend(self.filters(&bounded, applied, &current));
+        let rated = |(fault, fit): &(Fault, Fit)| (fit.left(), *fault);
+        cheap.extend(self.filters(&bounded.iter().map(rated).collect::<Vec<_>>(), applied, &current));
         let mut fits = self.fits(cheap, applied, &current, |s| &s.few);
-        let best = fits.first().map_or(f64::INFINITY, |(_, fit)| fit.left());
-        let costly = kept(bounded, current.left(), best);
+        let best = fits.first();
+        let (left, at_floor) = best.map_or((f64::INFINITY, false), |(_, fit)| (fit.left(), fit.at_floor()));
+        // Beside what comes down to the floor, only what does so too is worth it: in the rows of tokens, at least.
+        let costly = bounded.iter().filter(|(_, fit)| !at_floor || fit.at_floor()).map(rated).collect();
+        let costly = kept(costly, current.left(), left);
         fits.extend(self.fits(costly, applied, &current, |s| &s.few));
         kept(fits.into_iter().map(|(fault, fit)| (fit.left(), fault)).collect(), current.left(), f64::INFINITY)
     }
 
-    /// What faults leave at the least, by the rows of tokens alone.
-    fn bounded(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit) -> Vec<(f64, Fault)> {
+    /// How faults fit at the best, by the rows of tokens alone.
+    fn bounded(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit) -> Vec<(Fault, Fit)> {
         let bounded = |fault: Fault| {
             let fit = self.few.fit(Some(&self.excerpts), &self.trial(&fault, applied), Some(current), Side::Tokens);
             self.progress.advance(1);
-            (fit.left(), fault)
+            (fault, fit)
         };
         faults.into_par_iter().map(bounded).collect()
     }
@@ -286,7 +290,7 @@ impl<'a> Search<'a> {
         (finding.rank, finding.confidence, finding.explained) = (rank, confidence, explained(&alone));
         if !same.is_empty() {
             let causes: Vec<&str> = std::iter::once(fault.slug()).chain(same.iter().map(String::as_str)).collect();
-            finding.evidence += &to_tell_apart(&causes);
+            finding.tell_apart = to_tell_apart(&causes);
         }
         finding.indistinguishable_from = same;
         Some((finding, place))

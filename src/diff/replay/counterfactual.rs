@@ -373,6 +373,16 @@ impl Counterfactual {
         }
     }
 
+    /// The cotangents of lse and of the label logits in microbatch `m`, whose lse is given, where a loss is made of these.
+    pub fn recorded_cotangents(&self, step: &Step, m: usize, lse: &[f64]) -> [Vec<f32>; 2] {
+        let problem = &step.microbatches[m].problem;
+        let g = self.cotangents(problem, self.own_factor(step, m));
+        let z_loss = if self.no_z_loss_gradient { 0.0 } else { problem.options().z_loss };
+        let smoothing = if self.no_label_smoothing { 0.0 } else { problem.options().label_smoothing };
+        let of_lse = g.iter().zip(lse).map(|(g, lse)| (g * (1.0 + 2.0 * z_loss * lse)) as f32).collect();
+        [of_lse, g.iter().map(|g| (-g * (1.0 - smoothing)) as f32).collect()]
+    }
+
     pub(super) fn own_factor(&self, step: &Step, m: usize) -> f64 {
         let mut factor = step.own_factor(m);
         let counts = step.counts();
