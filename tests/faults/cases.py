@@ -189,7 +189,7 @@ fault("dq-accumulate-bf16", "ragged", kernel=precision.dq_in_tiles(16, True), vo
       parameters=({"tiles": [23], "parts_rounded": [True]}, {"width": [16], "parts_rounded": [True]}))
 fault("prob-minus-one-bf16", kernel=precision.ProbMinusOneBf16, regime="trained", contract={"dlogits": "f32"})
 fault("gradient-filter", kernel=precision.gradient_filter(2**-8, 16, 16), regime="large", tokens=(128,), vocab=384,
-      parameters=({"tile": [16]},))
+      parameters=({"token_tile": [16], "vocab_tile": [16], "masked": ["count"]},))
 fault("gradient-filter", "oblong", kernel=precision.gradient_filter(2**-6, 16, 32), regime="large", tokens=(128,), vocab=384)
 fault("gradient-filter", "odd-threshold", kernel=precision.gradient_filter(0.0137, 16, 32), regime="large", tokens=(192, 128),
       vocab=384, masked=0, parameters=({"token_tile": [16], "vocab_tile": [32]},))

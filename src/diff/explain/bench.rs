@@ -5,7 +5,7 @@ use super::hypotheses::Factors;
 use crate::diff::candidate::Values;
 use crate::diff::compare::{RATIO_LIMIT, norm};
 use crate::diff::fault::Touches;
-use crate::diff::replay::{Counterfactual, Excerpt, Outcome, Rows, Wanted};
+use crate::diff::replay::{Counterfactual, Excerpt, Outcome, Rows, Wanted, of_running_sums};
 use crate::diff::truth::{RowsAre, Stage};
 use crate::report::model::{TensorReport, Verdict};
 use fused_xent_kernels::floor::Tolerance;
@@ -65,6 +65,8 @@ struct Target<'a> {
     /// ‖reference‖₂; the candidate's where that is 0.
     size: f64,
     floor: f64,
+    /// The share of float32 arithmetic in it.
+    arithmetic: f64,
     ratio_limit: f64,
     /// How the reference fits.
     base: TensorFit,
@@ -115,8 +117,10 @@ impl<'a> Target<'a> {
             0.0 => (norm(candidate.view()), values.precision.unit_roundoff() * norm(candidate.view())),
             size => (size, tolerance.l2(all.clone())),
         };
+        let arithmetic = tolerance.arithmetic_l2(all.clone());
         let ratio_limit = (tolerance.limit(all.clone()) / tolerance.l2(all)).max(RATIO_LIMIT);
-        let mut target = Self { stage, rows: None, candidate, diverges, size, floor, ratio_limit, base: TensorFit::default() };
+        let base = TensorFit::default();
+        let mut target = Self { stage, rows: None, candidate, diverges, size, floor, arithmetic, ratio_limit, base };
         target.base = target.fit(reference.view(), None);
         if diverges {
             // It may do so with its norm at the floor: by a factor, or in few elements.
@@ -133,12 +137,8 @@ impl<'a> Target<'a> {
         rows.filter(|[_, square]| *square > 0.0).collect()
     }
 
-    /// How the bench's rows fit that are `computed`, of which near ties may change `ties`, squared, in each.
-    fn fit(&self, computed: ArrayView2<f64>, ties: Option<&[f64]>) -> TensorFit {
-        let ties = ties.map_or(0.0, |ties| match &self.rows {
-            None => ties.iter().sum(),
-            Some(rows) => rows.iter().map(|&row| ties[row]).sum::<f64>(),
-        });
+    /// How the bench's rows fit that are `computed`, of which near ties may change some.
+    fn fit(&self, computed: ArrayView2<f64>, ties: Option<RowTies>) -> TensorFit {
         let computed = some(computed, self.rows.as_deref());
         let deviation = self.candidate.iter().zip(&computed).map(|(c, f)| (c - f).powi(2)).sum::<f64>().sqrt();
         if deviation == 0.0 || self.size == 0.0 {
@@ -149,6 +149,7 @@ impl<'a> Target<'a> {
         }
         let excess = if self.diverges { deviation } else { (deviation - self.ratio_limit * self.floor).max(0.0) };
         // A gradient that a fault scales carries a floor scaled alike.
+        let ties = ties.map_or(0.0, |ties| ties.squares(self.rows.as_deref(), computed.view(), self.arithmetic));
         let rounding = self.floor * (norm(computed.view()) / self.size).max(SMALLEST_SCALE);
         let floor = if self.diverges { (self.floor.powi(2) + ties) / self.size.powi(2) } else { 0.0 };
         let over = |times: f64| deviation / ((times * rounding).powi(2) + ties).sqrt();
@@ -167,6 +168,30 @@ fn fitted(rows: &[[f64; 2]]) -> Vec<f64> {
     of_rows.sort_by(f64::total_cmp);
     let sum = |which: usize| rows.iter().map(|row| row[which]).sum::<f64>();
     of_rows.get(of_rows.len() / 2).map_or(vec![], |&median| vec![sum(0) / sum(1), median])
+}
+
+/// What near ties may change of a tensor.
+#[derive(Clone, Copy)]
+struct RowTies<'t> {
+    /// The squares per row of the bench, where dlogits or the forward are rounded.
+    rows: Option<&'t [f64]>,
+    /// How often running sums in bf16 are.
+    roundings: usize,
+}
+
+impl RowTies<'_> {
+    /// Of these rows (`None`: all), in which float32 arithmetic is off by `arithmetic`.
+    fn squares(&self, rows: Option<&[usize]>, computed: ArrayView2<f64>, arithmetic: f64) -> f64 {
+        let of_rows = self.rows.map_or(0.0, |squares| match rows {
+            None => squares.iter().sum(),
+            Some(rows) => rows.iter().map(|&row| squares[row]).sum(),
+        });
+        let of_sums = match self.roundings {
+            0 => 0.0,
+            n => n as f64 * of_running_sums(computed, arithmetic / (computed.len() as f64).sqrt()),
+        };
+        of_rows + of_sums
+    }
 }
 
 /// How far a floor shrinks with the gradient.
@@ -307,7 +332,9 @@ impl<'a> Bench<'a> {
                 let not_seen = side == Side::Tokens && target.stage.rows_are() == RowsAre::VocabIds;
                 tensors.push(match &outcome {
                     Some(outcome) if touches.stage(target.stage) && !not_seen => {
-                        target.fit(outcome.stage(target.stage).view(), ties.as_ref().map(|ties| ties.stage(target.stage)))
+                        let rows = ties.as_ref().map(|ties| ties.stage(target.stage));
+                        let roundings = if self.with_ties { how.roundings(case.step, m, target.stage) } else { 0 };
+                        target.fit(outcome.stage(target.stage).view(), Some(RowTies { rows, roundings }))
                     }
                     _ if touches.stage(target.stage) => TensorFit::default(),
                     _ => same(tensors.len()),
@@ -316,11 +343,21 @@ impl<'a> Bench<'a> {
         }
         for target in &self.accumulated {
             tensors.push(match total.as_ref().filter(|_| of_step) {
-                Some(total) => target.fit(total.view(), total_ties.as_deref()),
+                Some(total) => {
+                    let roundings = if self.with_ties { self.roundings_of_step(how) } else { 0 };
+                    target.fit(total.view(), Some(RowTies { rows: total_ties.as_deref(), roundings }))
+                }
                 _ if touches.accumulated => TensorFit::default(),
                 _ => same(tensors.len()),
             });
         }
         Fit { tensors }
+    }
+
+    /// How many roundings to bf16 the accumulated dK goes through, in the microbatches' own sums too.
+    fn roundings_of_step(&self, how: &Counterfactual) -> usize {
+        let stages = [Stage::DUnembedding, Stage::AccumulatedDUnembedding];
+        let of_microbatch = |&m: &usize| stages.iter().map(|&stage| how.roundings(self.case.step, m, stage)).sum::<usize>();
+        self.case.judged.iter().map(of_microbatch).sum()
     }
 }

@@ -103,7 +103,9 @@ impl<'a> Search<'a> {
         let faults = self.promising(faults, &applied, chosen.is_empty());
         self.progress.begin("comparing the best of them", faults.len() as u64);
         let mut fits = self.fits(faults, &applied, current, |s| &s.more);
-        if let Some((Fault::GradientFilter(filter), _)) = fits.first() {
+        if let Some((Fault::GradientFilter(filter), fit)) = fits.first()
+            && fit.left() < GOOD_PART * current.left()
+        {
             let better = self.thresholds(*filter, &applied, current);
             fits.retain(|(fault, _)| better.iter().all(|(other, _)| other != fault));
             fits.extend(better);

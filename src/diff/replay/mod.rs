@@ -20,7 +20,7 @@ pub use counterfactual::{
 };
 pub use excerpt::{CumulatedRow, Excerpt, Rows};
 
-pub use ties::Ties;
+pub use ties::{Ties, of_running_sums};
 
 use super::step::Step;
 use filter::{Skipped, by_token_tile};

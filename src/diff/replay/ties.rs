@@ -4,14 +4,18 @@
 //! rounding may come out the other way than the replay's, and what that changes is no trace of another fault. It is a step of
 //! bf16 at few elements: far above the floor of float32, far below what the rounding does as a whole. For every element within
 //! [`REACH`] of a tie, the square of its step goes through the products, as the square of an error that nothing else shares.
+//!
+//! Running sums in bf16 are not looked at one by one. Each of their roundings lies within reach of a tie with probability
+//! 2·REACH·σ/step, where σ is the float32 error of an element, and may change step² there: 2·REACH·σ·step per rounding.
 
-use super::counterfactual::{Counterfactual, LabelLogit, LseRounded, bf16};
+use super::counterfactual::{Bf16Sum, Counterfactual, LabelLogit, LseRounded, bf16};
 use super::token::{Replay, Token, TokenLogits};
+use crate::diff::step::Step;
 use crate::diff::truth::Stage;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::Label;
 use fused_xent_kernels::reference;
-use ndarray::{Array1, Array2, Axis};
+use ndarray::{Array1, Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -73,6 +77,28 @@ impl Counterfactual {
     /// Whether it has roundings whose near ties are known.
     pub fn has_ties(&self) -> bool {
         self.rounds_dlogits() || self.rounds_label_logit()
+    }
+
+    /// How many roundings to bf16 each running sum of a gradient of microbatch `m` goes through.
+    pub fn roundings(&self, step: &Step, m: usize, stage: Stage) -> usize {
+        let shape = step.microbatches[m].problem.shape();
+        let of_sum = |sum: Bf16Sum, terms: usize| terms.div_ceil(sum.chunks.width(terms)) * if sum.parts_rounded { 2 } else { 1 };
+        match stage {
+            Stage::DHidden => self.dq_sum.map_or(0, |sum| of_sum(sum, shape.vocab)),
+            Stage::DUnembedding => {
+                let (processes, narrow) = self.dk_processes.map_or((1, false), |sum| (sum.processes, sum.bf16));
+                let own = self.dk_sum.map_or(0, |sum| of_sum(sum, shape.tokens.div_ceil(processes)));
+                processes * own + if narrow { 2 * processes } else { 0 }
+            }
+            Stage::AccumulatedDUnembedding if self.microbatches_bf16 => {
+                if self.microbatches_rounded {
+                    2
+                } else {
+                    1
+                }
+            }
+            _ => 0,
+        }
     }
 
     /// Whether some of those change gradients.
@@ -165,6 +191,12 @@ impl<'a> NearTies<'a> {
         let seen = |reader: LseRounded| if how.lse_rounded >= reader { errors.lse_step } else { 0.0 };
         [of_label.powi(2) + seen(LseRounded::Loss).powi(2), seen(LseRounded::Output).powi(2), of_label.powi(2)]
     }
+}
+
+/// Σ of the squares that near ties may change in these running sums, each of one rounding, whose float32 error is `sigma`.
+pub fn of_running_sums(sums: ArrayView2<f64>, sigma: f64) -> f64 {
+    let spacing = |x: f64| 2.0 * Precision::Bf16.unit_roundoff() * x.abs().log2().floor().exp2();
+    2.0 * REACH * sigma * sums.iter().filter(|x| **x != 0.0).map(|&x| spacing(x)).sum::<f64>()
 }
 
 /// ‖row‖² of each row.
