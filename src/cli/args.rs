@@ -232,6 +232,10 @@ pub struct Synth {
     /// Precision of the recorded gradients: bf16 or f32
     #[arg(long, value_name = "P", default_value = "bf16", value_parser = gradients)]
     pub gradients: Precision,
+    /// Record the inner stages too, in float32: the cotangents of lse and of the label logits, and,
+    /// without label smoothing, the parts of both gradients
+    #[arg(long)]
+    pub inner: bool,
     /// A fault that they carry: its slug, or slug:name=value,…; may be repeated
     #[arg(long = "fault", value_name = "SLUG", value_parser = Fault::parse)]
     pub faults: Vec<Fault>,

@@ -3,7 +3,7 @@
 use super::fault::Fault;
 use super::replay::{Counterfactual, Outcome, Wanted};
 use super::step::{Microbatch, Step};
-use super::truth::Stage;
+use super::truth::{RowsAre, Stage};
 use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
 use fused_xent_kernels::contract::Precision;
@@ -69,6 +69,9 @@ pub struct SynthOptions {
     pub loss: LossSettings,
     /// Precision of the recorded gradients.
     pub gradients: Precision,
+    /// Whether the inner stages are recorded too, in float32: the cotangents of lse and of the label logits, as if the loss
+    /// were made of these outside of the kernel, and, without label smoothing, the parts of both gradients.
+    pub inner: bool,
     /// Faults that they carry.
     pub faults: Vec<Fault>,
     /// Everything random comes from it.
@@ -90,6 +93,7 @@ impl Default for SynthOptions {
             weights: false,
             loss: LossSettings::default(),
             gradients: Precision::Bf16,
+            inner: false,
             faults: vec![],
             seed: 0,
             step: 0,
@@ -102,11 +106,11 @@ impl SynthOptions {
     pub fn planting(mut self, fault: Fault) -> Self {
         let options = &mut self.loss.options;
         match fault {
-            Fault::ValidVocabIgnored => options.valid_vocab = Some(self.vocab - self.vocab / 25),
+            Fault::ValidVocabIgnored(_) => options.valid_vocab = Some(self.vocab - self.vocab / 25),
             Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => options.logit_softcap = Some(8.0),
             Fault::ZlossGradientMissing => options.z_loss = 1e-3,
             Fault::LabelSmoothingIgnored => options.label_smoothing = 0.1,
-            Fault::LogitScaleIgnored | Fault::LogitScaleIgnoredInLogits => options.logit_scale = 0.5,
+            Fault::LogitScaleIgnored(_) => options.logit_scale = 0.5,
             Fault::MeanOfMeans => self.loss.reduction.microbatches = Microbatches::Global,
             Fault::DqCotangentMissing { .. }
             | Fault::DkCotangentMissing { .. }
@@ -251,7 +255,8 @@ pub fn synth(dir: &Path, options: &SynthOptions, progress: &dyn Progress) -> Res
         let outcome = computation.replay(&step, m, Wanted::ALL);
         let own = outcome.stage(Stage::DUnembedding);
         computation.accumulate(&step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
-        writer.microbatch(m, &outcome)?;
+        let cotangents = options.inner.then(|| computation.recorded_cotangents(&step, m, &outcome.forward.lse));
+        writer.microbatch(m, &outcome, cotangents)?;
         progress.advance(1);
     }
     writer.shared(&total.unwrap_or_default())
@@ -287,6 +292,9 @@ fn changes_something(computation: &Counterfactual, step: &Step) -> bool {
     })
 }
 
+/// The parts of both gradients.
+const PARTS: [Stage; 4] = [Stage::DHiddenLse, Stage::DHiddenLabel, Stage::DUnembeddingLse, Stage::DUnembeddingLabel];
+
 struct Writer<'a> {
     dir: &'a Path,
     options: &'a SynthOptions,
@@ -315,7 +323,7 @@ impl Writer<'_> {
         at(process)..at(process + 1)
     }
 
-    fn microbatch(&self, m: usize, outcome: &Outcome) -> Result<(), DiffError> {
+    fn microbatch(&self, m: usize, outcome: &Outcome, cotangents: Option<[Vec<f32>; 2]>) -> Result<(), DiffError> {
         let SynthOptions { tokens, hidden: d, processes, .. } = *self.options;
         let made = &self.made.microbatches[m];
         for process in 0..processes {
@@ -333,9 +341,20 @@ impl Writer<'_> {
                 let values: Vec<f32> = outcome.stage(stage).iter().map(|&x| x as f32).collect();
                 folder.tensor(stage.name(), Elements::F32(&values[rows.clone()]), &per_token)?;
             }
-            self.gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows)?;
             let ids = self.share(process, self.options.vocab);
-            self.gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids)?;
+            if let Some(cotangents) = &cotangents {
+                for (name, values) in ["d_lse", "d_label_logits"].into_iter().zip(cotangents) {
+                    folder.tensor(name, Elements::F32(&values[rows.clone()]), &per_token)?;
+                }
+                // A replay adds the smoothing's constant to P, whose part it is not.
+                let parts: &[Stage] = if self.options.loss.options.label_smoothing == 0.0 { &PARTS } else { &[] };
+                for &stage in parts {
+                    let rows = if stage.rows_are() == RowsAre::VocabIds { &ids } else { &rows };
+                    gradient(&mut folder, stage.name(), &outcome.stage(stage), rows.clone(), Precision::F32)?;
+                }
+            }
+            gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows, self.options.gradients)?;
+            gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids, self.options.gradients)?;
             folder.commit()?;
         }
         Ok(())
@@ -348,24 +367,30 @@ impl Writer<'_> {
             let ids = self.share(process, vocab);
             let placement = Placement::shard(&[vocab, d], &[ids.start, 0], &[ids.len(), d]);
             folder.tensor("unembedding", Elements::Bf16(&self.made.unembedding[ids.start * d..ids.end * d]), &placement)?;
-            self.gradient(&mut folder, "d_unembedding", accumulated, ids)?;
+            gradient(&mut folder, "d_unembedding", accumulated, ids, self.options.gradients)?;
             folder.commit()?;
         }
         Ok(())
     }
+}
 
-    /// Rows `rows` of a gradient, in the precision asked for.
-    fn gradient(&self, folder: &mut FolderWriter, name: &str, values: &Array2<f64>, rows: Range<usize>) -> Result<(), DiffError> {
-        let (all, d) = values.dim();
-        let placement = Placement::shard(&[all, d], &[rows.start, 0], &[rows.len(), d]);
-        let values = values.slice(s![rows, ..]);
-        if self.options.gradients == Precision::Bf16 {
-            let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f64(Precision::Bf16.round(x))).collect();
-            folder.tensor(name, Elements::Bf16(&narrow), &placement)?;
-        } else {
-            let wide: Vec<f32> = values.iter().map(|&x| x as f32).collect();
-            folder.tensor(name, Elements::F32(&wide), &placement)?;
-        }
-        Ok(())
+/// Writes rows `rows` of a gradient, in bfloat16 or float32.
+fn gradient(
+    folder: &mut FolderWriter,
+    name: &str,
+    values: &Array2<f64>,
+    rows: Range<usize>,
+    precision: Precision,
+) -> Result<(), DiffError> {
+    let (all, d) = values.dim();
+    let placement = Placement::shard(&[all, d], &[rows.start, 0], &[rows.len(), d]);
+    let values = values.slice(s![rows, ..]);
+    if precision == Precision::Bf16 {
+        let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f64(Precision::Bf16.round(x))).collect();
+        folder.tensor(name, Elements::Bf16(&narrow), &placement)?;
+    } else {
+        let wide: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+        folder.tensor(name, Elements::F32(&wide), &placement)?;
     }
+    Ok(())
 }

@@ -1,8 +1,8 @@
 //! What every renderer says alike: the verdict in a sentence, the ladder of stages, the words for a pattern.
 
 use super::model::{CandidateReport, Confidence, Finding, GradNorm, Report, TensorReport, Verdict};
-use super::pattern;
 use super::text::{count, list, percent, scientific, times, value};
+use super::{entry, pattern};
 
 /// The stages within a microbatch, in the order in which an error runs through them.
 const STAGES: [&str; 9] = [
@@ -36,7 +36,7 @@ pub(super) struct Rung<'a> {
     pub stage: String,
     /// At least one, in the order of the report.
     pub cells: Vec<Cell<'a>>,
-    /// Diverges after the first stage that does: most likely a consequence of it.
+    /// Diverges, but has its error from a stage before it; where that is not known, because it comes after the first.
     pub consequence: bool,
 }
 
@@ -86,9 +86,12 @@ pub(super) fn ladder<'a>(candidate: &'a CandidateReport) -> Vec<Rung<'a>> {
         rungs.push(Rung { stage: format!("accumulated_{name}"), cells, consequence: false });
     }
     let first = candidate.first_divergence.as_ref().and_then(|first| rungs.iter().position(|rung| rung.stage == first.stage));
+    let entries = candidate.substitution.iter().flat_map(|substitution| &substitution.rungs);
     if let Some(first) = first {
-        for rung in &mut rungs[first + 1..] {
-            rung.consequence = rung.verdict() == Verdict::Diverge;
+        for (place, rung) in rungs.iter_mut().enumerate().filter(|(place, _)| *place != first) {
+            let mut of_stage = entries.clone().filter(|entry| entry.stage == rung.stage).map(|entry| entry.enters).peekable();
+            let inherits = if of_stage.peek().is_some() { of_stage.all(|enters| !enters) } else { place > first };
+            rung.consequence = inherits && rung.verdict() == Verdict::Diverge;
         }
     }
     rungs
@@ -201,7 +204,9 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
             if let Some(of) = cell.tensor.sampled_from {
                 place += &format!(", in {} of {of} rows", cell.tensor.shape[0]);
             }
-            format!("{} diverges at {stage} ({place}): {}", candidate.candidate, distance(cell.tensor))
+            let by = candidate.first_divergence.as_ref().and_then(|first| first.enters.as_ref());
+            let by = by.map_or(String::new(), |by| format!(", by way of {by}"));
+            format!("{} diverges at {stage}{by} ({place}): {}", candidate.candidate, distance(cell.tensor))
         }
         None => match grad_norm(candidate).filter(|norm| norm.verdict == Verdict::Diverge) {
             Some(norm) => format!("{} diverges at {GRAD_NORM} ({place}): {}", candidate.candidate, norm_distance(&norm)),
@@ -209,7 +214,10 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
         },
     };
     if let Some(best) = candidate.findings.first() {
-        sentence += &format!("; {}", cause(best));
+        sentence += &match entry::seen(candidate).filter(|_| best.cause == "unknown") {
+            Some(seen) => format!("; cause unknown. {seen}"),
+            None => format!("; {}", cause(best)),
+        };
         let more = candidate.findings.len() - 1;
         if more > 0 {
             sentence += &format!(", and {}", count(more, "further finding"));
@@ -360,6 +368,10 @@ pub(super) fn details(finding: &Finding) -> Vec<(&'static str, String)> {
         ("remedy", finding.remedy.clone()),
         ("next best", next),
         ("or equally", list(&finding.indistinguishable_from)),
+        (
+            "tell apart",
+            if finding.tell_apart.is_empty() { String::new() } else { format!("capture {}", finding.tell_apart.join("; and ")) },
+        ),
     ];
     details.retain(|(_, text)| !text.is_empty());
     details
