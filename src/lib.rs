@@ -7,6 +7,7 @@ pub mod cli;
 pub mod diff;
 pub mod dump;
 mod files;
+pub mod isolate;
 #[cfg(feature = "pjrt")]
 pub mod pjrt;
 pub mod report;

@@ -107,6 +107,7 @@ impl OnDevice {
         let mut produced = Produced {
             name: self.name.clone(),
             description: format!("{what}, on {kind}"),
+            cotangents: vec![[None, None]; microbatches.len()],
             microbatches,
             accumulated,
             contracts: vec![],
