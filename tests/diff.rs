@@ -573,3 +573,28 @@ fn the_document_lists_the_catalogue() {
         );
     }
 }
+
+#[test]
+fn a_made_dump_keeps_the_contract_that_it_declares() {
+    let bf16 = serde_json::json!({ "dlogits": "bf16", "d_hidden": "f32", "d_unembedding": "bf16" });
+    let judged = |options: &SynthOptions| judge_recorded(make(options).path());
+    let kept = judged(&SynthOptions { contract: Some(bf16.clone()), ..small() });
+    let candidate = only(&kept);
+    assert_eq!((kept.verdict, candidate.contract.source, candidate.contract.dlogits), (Verdict::Agree, "declared", "bf16"));
+    assert_eq!((candidate.contract.d_hidden, candidate.contract.d_unembedding), ("f32", "bf16"));
+    assert!(tensor(candidate, 0, "d_hidden").noise_floor.unwrap() > 1e-4, "the floor of rounded dlogits");
+
+    // The same roundings are a fault where float32 is promised, and no other fault hides behind them.
+    let promised = serde_json::json!({ "dlogits": "f32", "d_hidden": "f32", "d_unembedding": "f32" });
+    let rounded = SynthOptions { contract: Some(promised), ..small() }.planting(Fault::parse("dlogits-bf16").unwrap());
+    assert_eq!(causes(&judged(&rounded)), ["dlogits-bf16"]);
+    let faulty = SynthOptions { contract: Some(bf16), ..small() }.planting(Fault::LabelMissing);
+    assert_eq!(causes(&judged(&faulty)), ["label-missing"]);
+
+    for (member, value) in [("dlogits", "f16"), ("accumulate", "bf16"), ("d_hidden", "f64")] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = SynthOptions { contract: Some(serde_json::json!({ member: value })), ..small() };
+        let error = synth(folder.path(), &options, &()).unwrap_err().to_string();
+        assert!(error.contains(&format!("{member}={value}")) && error.contains("--contract"), "{error}");
+    }
+}

@@ -232,6 +232,10 @@ pub struct Synth {
     /// Precision of the recorded gradients: bf16 or f32
     #[arg(long, value_name = "P", default_value = "bf16", value_parser = gradients)]
     pub gradients: Precision,
+    /// Declare this contract, and compute by it but for the faults, such as dlogits=bf16,d_unembedding=f32: logits, dlogits,
+    /// d_hidden, d_unembedding, each f32 or bf16
+    #[arg(long, value_name = "MEMBER=PRECISION,...", value_parser = contract)]
+    pub contract: Option<Value>,
     /// Record the inner stages too, in float32: the cotangents of lse and of the label logits, and,
     /// without label smoothing, the parts of both gradients
     #[arg(long)]

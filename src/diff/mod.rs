@@ -424,16 +424,16 @@ impl View<'_> {
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
         let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
-        let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
         let report = CandidateReport {
             candidate: produced.name.clone(),
             description: produced.description.clone(),
             run_id: run_id.into(),
             step: self.number,
-            verdict: if first_divergence.is_some() || norm_diverges { Verdict::Diverge } else { Verdict::Agree },
+            verdict: if first_divergence.is_some() { Verdict::Diverge } else { Verdict::Agree },
             contract: ContractReport {
                 source: produced.contract_source,
                 cotangent: factors.map(|_| Precision::Bf16.name()),
+                logits: contract.logits.name(),
                 dlogits: contract.dlogits.name(),
                 accumulate: contract.accumulate.name(),
                 d_hidden: contract.d_hidden.name(),
@@ -534,7 +534,9 @@ fn first_divergence(microbatches: &[MicrobatchReport], accumulated: Option<&Accu
         })
     });
     of_microbatches.or_else(|| {
-        let tensor = accumulated?.tensors.iter().find(diverges)?;
-        Some(Divergence { microbatch: None, stage: tensor.name.clone(), enters: None })
+        let norm =
+            |a: &AccumulatedReport| a.grad_norm.filter(|norm| norm.verdict == Verdict::Diverge).map(|_| "grad_norm".into());
+        let stage = accumulated?.tensors.iter().find(diverges).map(|t| t.name.clone()).or_else(|| norm(accumulated?))?;
+        Some(Divergence { microbatch: None, stage, enters: None })
     })
 }

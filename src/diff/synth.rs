@@ -6,7 +6,7 @@ use super::step::{Microbatch, Step};
 use super::truth::{RowsAre, Stage};
 use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
-use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::contract::{LabelTerm, Precision};
 use fused_xent_kernels::problem::{Inputs, Layout, Problem, Shape};
 use fused_xent_kernels::reduction::Microbatches;
 use half::bf16;
@@ -15,6 +15,7 @@ use rand::distr::Distribution;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{StandardNormal, Zipf};
 use rand_pcg::Pcg64;
+use serde_json::Value;
 use std::ops::Range;
 use std::path::Path;
 
@@ -69,6 +70,9 @@ pub struct SynthOptions {
     pub loss: LossSettings,
     /// Precision of the recorded gradients.
     pub gradients: Precision,
+    /// The contract that the dump declares, as a manifest's `contract`, and that its gradients keep but for the faults; what it
+    /// does not say is float32, and `gradients` of the outputs.
+    pub contract: Option<Value>,
     /// Whether the inner stages are recorded too, in float32: the cotangents of lse and of the label logits, as if the loss
     /// were made of these outside of the kernel, and, without label smoothing, the parts of both gradients.
     pub inner: bool,
@@ -93,6 +97,7 @@ impl Default for SynthOptions {
             weights: false,
             loss: LossSettings::default(),
             gradients: Precision::Bf16,
+            contract: None,
             inner: false,
             faults: vec![],
             seed: 0,
@@ -145,7 +150,45 @@ impl SynthOptions {
             let found = self.processes.to_string();
             return Err(DiffError::Option { option: "--processes", found, expected: "no more than tokens and vocab ids" });
         }
-        Ok(())
+        for (member, expected) in [
+            ("logits", "logits=f32 or logits=bf16"),
+            ("dlogits", "dlogits=f32 or dlogits=bf16"),
+            ("d_hidden", "d_hidden=f32 or d_hidden=bf16"),
+            ("d_unembedding", "d_unembedding=f32 or d_unembedding=bf16"),
+        ] {
+            if let Some(found) = self.promised(member).filter(|p| !["f32", "bf16"].contains(p)) {
+                return Err(DiffError::Option { option: "--contract", found: format!("{member}={found}"), expected });
+            }
+        }
+        match self.promised("accumulate") {
+            None | Some("f32") => Ok(()),
+            Some(found) => {
+                let expected = "accumulate=f32; plant dk-accumulate-bf16 or dq-accumulate-bf16 for other sums";
+                Err(DiffError::Option { option: "--contract", found: format!("accumulate={found}"), expected })
+            }
+        }
+    }
+
+    /// What the contract says of a member.
+    fn promised(&self, member: &str) -> Option<&str> {
+        self.contract.as_ref()?.get(member)?.as_str()
+    }
+
+    /// Precision of `d_hidden` or `d_unembedding`.
+    fn output(&self, gradient: &str) -> Precision {
+        match self.promised(gradient) {
+            Some("bf16") => Precision::Bf16,
+            Some(_) => Precision::F32,
+            None => self.gradients,
+        }
+    }
+
+    /// The roundings that the contract declares.
+    fn declared(&self) -> Vec<Fault> {
+        let rounded = |member| self.promised(member) == Some("bf16");
+        let logits = rounded("logits").then_some(Fault::LogitsBf16Both);
+        let dlogits = rounded("dlogits").then_some(Fault::DlogitsBf16 { label: LabelTerm::Joint });
+        logits.into_iter().chain(dlogits).collect()
     }
 }
 
@@ -248,7 +291,7 @@ pub fn synth(dir: &Path, options: &SynthOptions, progress: &dyn Progress) -> Res
     let made = Made::new(options);
     let step = made.step(options)?;
     progress.begin("making the dump", options.microbatches as u64);
-    let computation = built(&step, &options.faults)?;
+    let computation = built(&step, &options.declared(), &options.faults)?;
     let writer = Writer { dir, options, made: &made };
     let mut total: Option<Array2<f64>> = None;
     for m in 0..options.microbatches {
@@ -262,9 +305,10 @@ pub fn synth(dir: &Path, options: &SynthOptions, progress: &dyn Progress) -> Res
     writer.shared(&total.unwrap_or_default())
 }
 
-/// The computation with every fault built in.
-fn built(step: &Step, faults: &[Fault]) -> Result<Counterfactual, DiffError> {
+/// The computation with the declared roundings and every fault built in.
+fn built(step: &Step, declared: &[Fault], faults: &[Fault]) -> Result<Counterfactual, DiffError> {
     let mut computation = Counterfactual::default();
+    declared.iter().for_each(|rounding| rounding.apply(&mut computation, step));
     for fault in faults {
         let before = computation;
         fault.apply(&mut computation, step);
@@ -314,7 +358,11 @@ impl Writer<'_> {
             process_count: options.processes,
             loss: options.loss,
         };
-        Ok(FolderWriter::create(self.dir, id)?)
+        let mut folder = FolderWriter::create(self.dir, id)?;
+        if let Some(contract) = &options.contract {
+            folder.contract(contract.clone())?;
+        }
+        Ok(folder)
     }
 
     /// The share of `of` rows that a process holds.
@@ -353,8 +401,9 @@ impl Writer<'_> {
                     gradient(&mut folder, stage.name(), &outcome.stage(stage), rows.clone(), Precision::F32)?;
                 }
             }
-            gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows, self.options.gradients)?;
-            gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids, self.options.gradients)?;
+            gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows, self.options.output("d_hidden"))?;
+            let of_unembedding = self.options.output("d_unembedding");
+            gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids, of_unembedding)?;
             folder.commit()?;
         }
         Ok(())
@@ -367,7 +416,7 @@ impl Writer<'_> {
             let ids = self.share(process, vocab);
             let placement = Placement::shard(&[vocab, d], &[ids.start, 0], &[ids.len(), d]);
             folder.tensor("unembedding", Elements::Bf16(&self.made.unembedding[ids.start * d..ids.end * d]), &placement)?;
-            gradient(&mut folder, "d_unembedding", accumulated, ids, self.options.gradients)?;
+            gradient(&mut folder, "d_unembedding", accumulated, ids, self.options.output("d_unembedding"))?;
             folder.commit()?;
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! What follows from the runs, and how sure it is.
 
-use super::search::{Culprit, Found, Tallies, Tally, lowest_rate, passes_needed};
+use super::search::{Culprit, DOUBT, Found, Tallies, Tally, lowest_rate, passes_needed};
 use super::switch::{Set, names};
 use super::{Experiment, Outcome, Run};
 use crate::report::text::{list, percent};
@@ -212,11 +212,11 @@ impl Evidence<'_> {
 
     /// A set that fails though a larger one does not.
     fn hidden(&self) -> Option<(&Set, &Set)> {
-        let needed = passes_needed(self.tallies, 0.05);
+        let needed = passes_needed(self.tallies, DOUBT);
         let passes = |tally: &Tally| tally.failures == 0 && tally.passes >= needed;
-        let fail = self.tallies.iter().filter(|(_, tally)| tally.failures > 0).map(|(set, _)| set);
+        let mut fail = self.tallies.iter().filter(|(_, tally)| tally.failures > 0).map(|(set, _)| set);
         let pass: Vec<&Set> = self.tallies.iter().filter(|(_, tally)| passes(tally)).map(|(set, _)| set).collect();
-        fail.into_iter().find_map(|small| pass.iter().find(|large| small.is_subset(large)).map(|large| (small, *large)))
+        fail.find_map(|small| pass.iter().find(|large| small.is_subset(large)).map(|large| (small, *large)))
     }
 
     fn notes(&self, notes: &mut Vec<String>) {

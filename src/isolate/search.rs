@@ -117,7 +117,7 @@ pub struct Culprit {
 }
 
 /// A set that fails at some rate passes so many runs with at most this chance before it is believed to pass.
-const DOUBT: f64 = 0.05;
+pub(super) const DOUBT: f64 = 0.05;
 /// The same for sets that the conclusion rests on.
 const LAST_DOUBT: f64 = 0.01;
 /// No set is run more often for the sake of doubt.

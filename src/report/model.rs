@@ -104,6 +104,8 @@ pub struct ContractReport {
     /// Precision of g, if it was taken to be rounded to 16 bits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cotangent: Option<&'static str>,
+    /// Precision of the logits.
+    pub logits: &'static str,
     /// Precision of dlogits in the gradient products.
     pub dlogits: &'static str,
     /// Precision of the sums.

@@ -1,6 +1,6 @@
 //! What every renderer says alike: the verdict in a sentence, the ladder of stages, the words for a pattern.
 
-use super::model::{CandidateReport, Confidence, Finding, GradNorm, Report, TensorReport, Verdict};
+use super::model::{CandidateReport, Confidence, ContractReport, Finding, GradNorm, Report, TensorReport, Verdict};
 use super::text::{count, list, percent, scientific, times, value};
 use super::{entry, pattern};
 
@@ -276,8 +276,22 @@ pub(super) fn command(report: &Report, candidate: &CandidateReport) -> String {
     let path = &report.dump.path;
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
     let quoted = if path.chars().all(plain) { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
-    let sample = candidate.sample.map_or(String::new(), |s| format!(" --sample {}", s.token_rows.max(s.vocab_rows)));
-    format!("xent-diff {quoted} --step {} --candidate {}{sample}", candidate.step, candidate.candidate)
+    let mut command = format!("xent-diff {quoted} --step {} --candidate {}", candidate.step, candidate.candidate);
+    if let [only] = &candidate.microbatches[..]
+        && candidate.presence.microbatches > 1
+    {
+        command += &format!(" --microbatch {}", only.microbatch);
+    }
+    if let Some(sample) = candidate.sample {
+        command += &format!(" --sample {}", sample.token_rows.max(sample.vocab_rows));
+    }
+    if candidate.contract.source == "given" {
+        let ContractReport { logits, dlogits, accumulate, d_hidden, d_unembedding, .. } = candidate.contract;
+        command += &format!(
+            " --contract logits={logits},dlogits={dlogits},accumulate={accumulate},d_hidden={d_hidden},d_unembedding={d_unembedding}"
+        );
+    }
+    command
 }
 
 /// How many of several dumps diverge.
@@ -323,8 +337,9 @@ pub(super) fn title(report: &Report, candidate: &CandidateReport) -> String {
 pub(super) fn computed(candidate: &CandidateReport) -> String {
     let c = &candidate.contract;
     let cotangent = c.cotangent.map_or(String::new(), |precision| format!("g {precision}, "));
+    let logits = if c.logits == c.accumulate { String::new() } else { format!("logits {}, ", c.logits) };
     format!(
-        "{}; held to the {} contract: {cotangent}dlogits {}, sums {}, dQ {}, dK {}",
+        "{}; held to the {} contract: {cotangent}{logits}dlogits {}, sums {}, dQ {}, dK {}",
         candidate.description, c.source, c.dlogits, c.accumulate, c.d_hidden, c.d_unembedding
     )
 }

@@ -65,6 +65,7 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
         contract: ContractReport {
             source: "declared",
             cotangent: None,
+            logits: "f32",
             dlogits: "f32",
             accumulate: "f32",
             d_hidden: "bf16",
