@@ -1,0 +1,32 @@
+"""What differs between the versions of JAX, 0.5 to 0.10: the types of arrays inside of a `shard_map`."""
+
+from collections.abc import Iterable
+
+import jax
+from jax import lax
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which the type of `x` says that it varies; none where types do not say."""
+    aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(aval, "vma", ()) if manual is None else manual.varying)
+
+
+def as_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x`, typed as varying over `axes` too. The transpose sums over those that this adds."""
+    added = tuple(sorted(set(axes) - varying_axes(x)))
+    if not added:
+        return x
+    return lax.pcast(x, added, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, added)
+
+
+def types_vary(axes: tuple[str, ...]) -> bool:
+    """Whether types say over which axes an array varies: inside of a `shard_map` with `check_vma`."""
+    return bool(varying_axes(lax.axis_index(axes)))
+
+
+def in_shard_map() -> bool:
+    """Whether each device runs a program of its own here, which it alone could fail."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(kind.name == "Manual" for kind in getattr(mesh, "axis_types", None) or ())

@@ -1,0 +1,196 @@
+"""The kernel under the transformations of JAX and on several devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from plain import BF16, Truth
+
+from fused_xent.jax import chunked, contract, fused_cross_entropy, rust
+
+IMPLEMENTATIONS = ("rust", "jax")
+N, D, V = 48, 24, 320
+OPTIONS = {"z_loss": 1e-2, "label_smoothing": 0.1, "logit_softcap": 20.0}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(chunked, "TILE", 96)
+
+
+@functools.cache
+def inputs():
+    random = np.random.default_rng(5)
+    hidden = random.standard_normal((N, D)).astype(BF16)
+    unembedding = (random.standard_normal((V, D)) * 0.4).astype(np.float32)
+    targets = random.integers(0, V, N).astype(np.int32)
+    targets[::9] = -100
+    weights = random.uniform(0.3, 1.7, N).astype(np.float32)
+    return hidden, targets, unembedding, weights
+
+
+@functools.cache
+def truth():
+    """Of the weighted mean."""
+    hidden, targets, unembedding, weights = inputs()
+    masked = targets == -100
+    g = np.where(masked, 0, weights) / np.sum(weights[~masked], dtype=np.float64)
+    zero = np.zeros(N)
+    outputs = ("bfloat16", "float32")
+    return Truth(hidden, targets, unembedding, masked, (g, zero, zero), outputs=outputs, **OPTIONS)
+
+
+def mean(hidden, targets, unembedding, weights, **options):
+    return fused_cross_entropy(hidden, targets, unembedding, weights, **OPTIONS, **options)
+
+
+def holds(out, gradients):
+    """Loss, lse and label logits, and the gradients of the mean."""
+    excess = truth().excess([np.asarray(x).reshape(-1) for x in out[:3]], gradients)
+    return excess <= 1
+
+
+def differentiated(call):
+    """(hidden, targets, unembedding, weights) -> outputs, gradients."""
+
+    def program(hidden, targets, unembedding, weights):
+        def loss(hidden, unembedding):
+            out = call(hidden, targets, unembedding, weights)
+            return out.reduced, out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, unembedding)
+        return out, gradients
+
+    return program
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_eager_jitted_and_rematerialised(implementation):
+    call = functools.partial(mean, implementation=implementation)
+    eager = differentiated(call)(*inputs())
+    assert holds(*eager)
+    for program in (jax.jit(differentiated(call)), jax.jit(differentiated(jax.checkpoint(call)))):
+        assert holds(*program(*inputs()))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_scan_over_microbatches_adds_up(implementation):
+    hidden, targets, unembedding, weights = inputs()
+    cut = lambda x: x.reshape(4, N // 4, *x.shape[1:])
+    total = jnp.sum(jnp.where(targets == -100, 0, weights))
+
+    @jax.jit
+    def step(hidden, targets, unembedding, weights):
+        def one(dk, item):
+            q, t, w = item
+            call = jax.checkpoint(lambda q, k: (out := mean(q, t, k, w, denominator=total, implementation=implementation)).reduced and out or out)
+            loss = lambda q, k: (lambda out: (out.reduced, out))(mean(q, t, k, w, denominator=total, implementation=implementation))
+            (_, out), (dq, own) = jax.value_and_grad(jax.checkpoint(loss), (0, 1), has_aux=True)(q, unembedding)
+            return dk + own, (out, dq)
+
+        return lax.scan(one, jnp.zeros_like(unembedding), (cut(hidden), cut(targets), cut(weights)))
+
+    dk, (out, dq) = step(hidden, targets, unembedding, weights)
+    assert holds(out, (dq.reshape(N, D), dk))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_either_way(implementation):
+    hidden, targets, unembedding, weights = inputs()
+    cut = lambda x: x.reshape(4, N // 4, *x.shape[1:])
+    total = jnp.sum(jnp.where(targets == -100, 0, weights))
+    call = functools.partial(mean, denominator=total, implementation=implementation)
+    batched = jax.vmap(call, (0, 0, None, 0))
+
+    def loss(q, k):
+        out = batched(q, cut(targets), k, cut(weights))
+        return jnp.sum(out.reduced), out
+
+    (_, out), (dq, dk) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(cut(hidden), unembedding)
+    assert holds(out, (dq.reshape(N, D), dk))
+    # Gradients of each, with an unembedding of its own.
+    own = jnp.stack([unembedding] * 4)
+    out, (dq, dk) = jax.jit(jax.vmap(differentiated(call)))(cut(hidden), cut(targets), own, cut(weights))
+    assert dk.shape == (4, V, D)
+    assert holds(out, (dq.reshape(N, D), dk.sum(axis=0)))
+
+
+def mesh_of(**extents):
+    return Mesh(np.array(jax.devices()[: np.prod(list(extents.values()))]).reshape(tuple(extents.values())), tuple(extents))
+
+
+def replicated(call):
+    """The tokens over `data`, the unembedding on all."""
+    return lambda q, t, k, w: call(q, t, k, w, token_axes="data")
+
+
+def gathered(call):
+    """The tokens over `data`, and over it the rows of the unembedding (FSDP)."""
+    return lambda q, t, k, w: call(q, t, lax.all_gather(k, "data", tiled=True), w, token_axes="data")
+
+
+def vocab_parallel(call):
+    return lambda q, t, k, w: call(q, t, k, w, vocab_axis="model")
+
+
+def both(call):
+    return lambda q, t, k, w: call(q, t, k, w, token_axes="data", vocab_axis="model")
+
+
+def in_two_ways(call):
+    """The vocabulary over both axes, the tokens over neither."""
+    return lambda q, t, k, w: call(q, t, k, w, vocab_axis=("data", "model"))
+
+
+SHARDED = {
+    "replicated": (replicated, {"data": 4}, P("data"), P()),
+    "gathered": (gathered, {"data": 4}, P("data"), P("data")),
+    "vocab_parallel": (vocab_parallel, {"model": 4}, P(), P("model")),
+    "both": (both, {"data": 2, "model": 2}, P("data"), P("model")),
+    "in_two_ways": (in_two_ways, {"data": 2, "model": 2}, P(), P(("data", "model"))),
+}
+
+
+def sharded(way, implementation, inside, check_vma=True):
+    wrap, extents, of_tokens, of_vocab = SHARDED[way]
+    local = wrap(functools.partial(mean, implementation=implementation))
+    mesh = mesh_of(**extents)
+    specs = {"mesh": mesh, "in_specs": (of_tokens, of_tokens, of_vocab, of_tokens), "check_vma": check_vma}
+    out = (of_tokens, of_tokens, of_tokens, P())
+    if inside:
+        program = jax.shard_map(differentiated(local), out_specs=(out, (of_tokens, of_vocab)), **specs)
+    else:
+        program = differentiated(lambda *x: type(mean(*inputs()))(*jax.shard_map(lambda *x: tuple(local(*x)), out_specs=out, **specs)(*x)))
+    return jax.jit(program)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["grad inside", "grad outside"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("way", SHARDED)
+def test_on_several_devices(way, implementation, inside):
+    assert holds(*sharded(way, implementation, inside)(*inputs()))
+
+
+@pytest.mark.parametrize("way", SHARDED)
+def test_on_several_devices_without_types_that_vary(way):
+    assert holds(*sharded(way, "rust", inside=False, check_vma=False)(*inputs()))
+
+
+def test_a_result_typed_as_the_same_everywhere_would_be_noticed(monkeypatch):
+    """The trap: the loss is right to the bit, and gradients are multiplied by the number of devices."""
+    monkeypatch.setattr(rust, "_like", lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype))
+    hidden, targets, unembedding, weights = inputs()
+    mesh = mesh_of(data=4)
+
+    def local(q, t, k, w):
+        loss = lambda q: jnp.sum(fused_cross_entropy(q, t, k, w, reduction="none", implementation="rust", **OPTIONS).loss)
+        # As a loop would be written that adds up over the devices by hand.
+        return jax.grad(lambda q: lax.psum(lax.pcast(loss(q), "data", to="varying") if hasattr(lax, "pcast") else lax.pvary(loss(q), "data"), "data"))(q)
+
+    specs = {"mesh": mesh, "in_specs": (P("data"), P("data"), P(), P("data")), "out_specs": P("data")}
+    found = jax.jit(jax.shard_map(local, **specs))(hidden, targets, unembedding, weights)
+    print(np.asarray(found, np.float64).std())
