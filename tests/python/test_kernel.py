@@ -11,6 +11,7 @@ from plain import BF16, PLAIN, Truth, float64, per_token
 
 from fused_xent.jax import CrossEntropy, FallbackWarning, chunked, choice, contract, fused_cross_entropy, implementation, set_threads
 
+each_jaxlib = pytest.mark.each_jaxlib
 IMPLEMENTATIONS = ("rust", "jax")
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 EVERY_OPTION = {"logit_scale": 0.7, "logit_softcap": 20.0, "z_loss": 1e-2, "label_smoothing": 0.1}
@@ -93,7 +94,7 @@ def truth_of(inputs, implementation, options):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [pytest.param("rust", marks=each_jaxlib), "jax"])
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_values_and_gradients_are_those_of_the_plain_loss(case, implementation):
     shape, dtypes, deviation, layout, options = CASES[case]
@@ -264,6 +265,7 @@ def test_calls_that_make_no_sense_are_refused():
         set_threads(-1)
 
 
+@each_jaxlib
 def test_bad_tokens_are_errors_where_rust_runs_and_nan_where_jax_does():
     hidden, targets, unembedding, weights, cotangents = problem((13, 8, 40), (F32, F32), 1.0)
     for wrong, message in [
@@ -280,6 +282,7 @@ def test_bad_tokens_are_errors_where_rust_runs_and_nan_where_jax_does():
         assert np.isnan(dk).all()
 
 
+@each_jaxlib
 def test_the_implementation_is_chosen_for_the_platform_when_lowered():
     hidden, targets, unembedding, _, _ = problem((13, 8, 300), (BF16, BF16), 1.0)
     both = lambda q, k: jax.value_and_grad(lambda q, k: fused_cross_entropy(q, targets, k).reduced, (0, 1))(q, k)

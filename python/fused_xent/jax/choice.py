@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _native
-from .options import precision_of_dlogits
+from .options import default_dlogits
 
 _warned: set[str] = set()
 
@@ -71,10 +71,11 @@ def contract(
     """
     given = tuple(jnp.dtype(getattr(x, "dtype", x)).name for x in (hidden, unembedding))
     inputs = given if operands is None else (jnp.dtype(operands).name,) * 2
+    dlogits = dlogits or default_dlogits(given)
     if (implementation or _name_of(jax.default_backend())) == "rust":
         precision = _native.kernel_contract(inputs, given, dlogits)
     else:
-        precision = precision_of_dlogits(inputs, given, dlogits)
+        precision = dlogits if inputs == ("bfloat16", "bfloat16") else "f32"
     short = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
     return {
         "logits": "f32",

@@ -1,7 +1,7 @@
 """The loss in JAX alone, for platforms without the Rust kernel: a scan over tiles of the vocabulary, sums in float32.
 
 Numeric contract, that of the Rust kernel: products of two bfloat16 inputs are exact, all others are float32, sums are float32;
-dlogits are rounded as `precision_of_dlogits` says; dQ and dK are rounded once.
+dlogits are rounded as the options say; dQ and dK are rounded once.
 
     per tile of columns   m' = max(m, max_v z_v),   s ← s·exp(m − m') + Σ_v exp(z_v − m')
     lse = m + ln s        loss = (m − z_t) + ln s + ε·(z_t − mean_v z_v) + z_loss·lse²
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .options import Options, precision_of_dlogits
+from .options import Options
 from .versions import as_varying, varying_axes
 
 TILE = 4096
@@ -37,7 +37,8 @@ def rounded(x: jax.Array, dtype: str | None) -> jax.Array:
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum with float32 sums, and products as exact as the operands ask for."""
-    if a.dtype == b.dtype == jnp.bfloat16:
+    # The CPU backend of older versions has products of bfloat16 with float32 sums for some shapes only.
+    if a.dtype == b.dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 8):
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
     return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
@@ -134,7 +135,7 @@ def forward(options: Options, hidden, targets, unembedding, token_weights, start
 def backward(options: Options, hidden, targets, unembedding, token_weights, start, lse, g, h, u):
     """dQ and dK, for the cotangents of loss, lse and label logits; of a shard, its share of dQ and its rows of dK."""
     problem = _Problem(options, hidden, targets, unembedding, token_weights, start)
-    precision = precision_of_dlogits((hidden.dtype.name, unembedding.dtype.name), options.gradients, options.dlogits)
+    precision = options.dlogits if hidden.dtype == unembedding.dtype == jnp.bfloat16 else "f32"
     g, h, u = (jnp.where(problem.masked, 0, x)[..., None] for x in (g, h, u))
     lse = jnp.where(problem.masked, 0, lse)[..., None]
     of_p = g * (1 + 2 * options.z_loss * lse) + h

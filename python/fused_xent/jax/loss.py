@@ -11,9 +11,9 @@ from jax import lax
 
 from .choice import warn_of_fallback
 from .chunked import masked_tokens
-from .options import Options
+from .options import Options, default_dlogits
 from .rules import per_token
-from .versions import as_varying, in_shard_map, varying_axes
+from .versions import as_varying, in_shard_map
 
 FLOATS = ("bfloat16", "float16", "float32")
 LARGEST_VOCAB = 2**31 - 1
@@ -95,6 +95,7 @@ def fused_cross_entropy(
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else _weights(token_weights)
     own_vocab = _check_shapes(hidden, targets, unembedding, weights, layout)
     shards = math.prod(int(lax.psum(1, axis)) for axis in vocab_axes)
+    gradients = (hidden.dtype.name, unembedding.dtype.name)
     options = Options(
         layout=layout,
         ignore_index=_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
@@ -106,21 +107,19 @@ def fused_cross_entropy(
         vocab=_integer("the vocabulary", own_vocab * shards, 1, LARGEST_VOCAB),
         vocab_axes=vocab_axes,
         operands=_one_of("operands", operands, (None, "bfloat16")),
-        gradients=(hidden.dtype.name, unembedding.dtype.name),
-        dlogits=_one_of("dlogits", dlogits, (None, "bf16", "bf16x2", "f32")),
+        gradients=gradients,
+        dlogits=_one_of("dlogits", dlogits, (None, "bf16", "bf16x2", "f32")) or default_dlogits(gradients),
         poison=in_shard_map(),
         implementation=_one_of("implementation", implementation, (None, "rust", "jax")),
     )
     _one_of("reduction", reduction, ("mean", "sum", "none"))
-    if options.operands and "float16" in options.gradients:
+    if options.operands and "float16" in gradients:
         raise TypeError("operands is bfloat16 and an array float16; expected bfloat16 and float32 arrays alone")
     if implementation is None:
         warn_of_fallback()
 
     start = lax.axis_index(vocab_axes).astype(jnp.int32) * own_vocab if vocab_axes else jnp.zeros((), jnp.int32)
-    arrays = (hidden, targets, unembedding, lax.stop_gradient(weights), start)
-    varying = frozenset().union(*map(varying_axes, arrays))
-    loss, lse, label_logits = per_token(options, *(as_varying(x, varying) for x in arrays))
+    loss, lse, label_logits = per_token(options, hidden, targets, unembedding, lax.stop_gradient(weights), start)
     reduced = None
     if reduction != "none":
         reduced = _reduced(options, reduction, denominator, token_axes, loss, targets, weights)

@@ -24,19 +24,13 @@ class Options:
     """The dtype to which Q and K are rounded before they are multiplied; `None`: their own."""
     gradients: tuple[str, str]
     """The dtypes of dQ and dK: those of Q and K as they were given."""
-    dlogits: str | None
+    dlogits: str
+    """Their precision where Q and K are multiplied in bfloat16: `bf16`, `bf16x2` or `f32`. Elsewhere it is `f32`."""
     poison: bool
     """Whether bad tokens make NaN rather than an error."""
     implementation: str | None
 
 
-def precision_of_dlogits(inputs: tuple[str, str], gradients: tuple[str, str], asked: str | None) -> str:
-    """Of dlogits in the products that make dQ and dK of them, where every precision is at hand: `bf16`, `bf16x2` or `f32`.
-
-    Args:
-        inputs, gradients: the dtypes of Q and K as they are multiplied, and of dQ and dK.
-        asked: what the user wants.
-    """
-    if inputs != ("bfloat16", "bfloat16"):
-        return "f32"
-    return asked or ("bf16x2" if "float32" in gradients else "bf16")
+def default_dlogits(gradients: tuple[str, str]) -> str:
+    """The precision of dlogits for gradients of these dtypes, where Q and K are multiplied in bfloat16."""
+    return "bf16x2" if "float32" in gradients else "bf16"

@@ -1,9 +1,9 @@
 """The loss per token and its derivative."""
 
 import functools
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from . import chunked, rust
@@ -31,38 +31,43 @@ def per_token(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Loss, lse and label logits, [..] float32 each.
 
-    The types of the operands say that all vary over the same mesh axes, `options.vocab_axes` among them; `start` [] int32 is the
-    first id of this device's shard. Differentiable in hidden and unembedding.
+    `start` [] int32 is the first id of this device's shard. Differentiable in hidden and unembedding.
     """
     return _forward(options, hidden, targets, unembedding, token_weights, start)[0]
 
 
 def _forward(options, hidden, targets, unembedding, token_weights, start):
     hidden, unembedding = (chunked.rounded(x, options.operands) for x in (hidden, unembedding))
-    operands = (hidden, targets, unembedding, token_weights, start)
+    saved = (hidden, targets, unembedding, token_weights, start)
+    operands, _ = _varying(saved)
     if options.vocab_axes:
         part = chunked.merged(options.vocab_axes, _run("partial", options, *operands))
-        masked = chunked.masked_tokens(options, targets, token_weights)
-        out = chunked.finished(options, _same_on_all(masked, options.vocab_axes), part)
+        out = chunked.finished(options, chunked.masked_tokens(options, targets, token_weights), part)
     else:
         out = _run("forward", options, *operands)
-    return out, (operands, out[1])
+    return out, (*saved, out[1])
 
 
-def _same_on_all(masked: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`masked`, which is the same on all of those devices, typed as such."""
-    return lax.pmax(masked.astype(jnp.int32), axes) != 0 if types_vary(axes) else masked
+def _varying(arrays: tuple[jax.Array, ...]) -> tuple[list[jax.Array], frozenset[str]]:
+    """The arrays typed as varying over the axes over which any of them does, and those axes."""
+    axes = frozenset().union(*map(varying_axes, arrays))
+    return [as_varying(x, axes) for x in arrays], axes
 
 
 def _backward(options, saved, cotangents):
-    operands, lse = saved
-    if options.vocab_axes and not types_vary(options.vocab_axes):
-        # Where types do not say that results are the same on several devices, each device has but its share of their cotangents.
-        cotangents = [lax.psum(x, options.vocab_axes) for x in cotangents]
-    axes = varying_axes(operands[0])
-    lse, *cotangents = (as_varying(x, axes) for x in (lse, *cotangents))
-    d_hidden, d_unembedding = _run("backward", options, *operands, lse, *cotangents)
-    return d_hidden, None, d_unembedding, None, None
+    # Without `check_vma` types do not say what is the same on several devices; each of them then has a share of its cotangent.
+    shared_out = options.vocab_axes if options.vocab_axes and not types_vary(options.vocab_axes) else ()
+    if shared_out:
+        cotangents = [lax.psum(x, shared_out) for x in cotangents]
+    operands, axes = _varying((*saved, *cotangents))
+    # Elsewhere its gradient is the sum of theirs: in float32, and rounded after it.
+    summed_over = [shared_out or tuple(sorted(axes - varying_axes(saved[0]))), tuple(sorted(axes - varying_axes(saved[2])))]
+    computed = tuple("float32" if over else dtype for over, dtype in zip(summed_over, options.gradients))
+    gradients = _run("backward", replace(options, gradients=computed), *operands)
+    d_hidden, d_unembedding = (lax.psum(x, over) if over else x for x, over in zip(gradients, summed_over))
+    if shared_out:
+        d_hidden /= lax.psum(1, shared_out)
+    return d_hidden.astype(options.gradients[0]), None, d_unembedding.astype(options.gradients[1]), None, None
 
 
 per_token.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ def _attributes(options: Options) -> dict[str, Any]:
         "z_loss": np.float64(options.z_loss),
         "label_smoothing": np.float64(options.label_smoothing),
         "total": np.int64(options.vocab),
-        "dlogits": options.dlogits or "",
+        "dlogits": options.dlogits,
         "poison": np.bool_(options.poison),
     }
 

@@ -14,9 +14,9 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def as_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """`x`, typed as varying over `axes` too. The transpose sums over those that this adds."""
+    """`x`, typed as varying over `axes` too, if types say such things here. The transpose sums over those that this adds."""
     added = tuple(sorted(set(axes) - varying_axes(x)))
-    if not added:
+    if not (added and types_vary(added)):
         return x
     return lax.pcast(x, added, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, added)
 

@@ -116,14 +116,9 @@ fn solve<R: Send>(
         shard: Some(VocabShard { start, total }),
     };
     let engine = engine().map_err(|message| Refusal { code: ErrorCode::FailedPrecondition, message })?;
-    let kernel = match call.text("dlogits")? {
-        "" => engine.kernel.clone(),
-        name => {
-            let dlogits = Dlogits::by_name(name);
-            let dlogits = dlogits.ok_or_else(|| Refusal::of_arguments(format!("dlogits is {name:?}")))?;
-            engine.kernel.clone().with_dlogits(dlogits)
-        }
-    };
+    let dlogits = call.text("dlogits")?;
+    let dlogits = Dlogits::by_name(dlogits).ok_or_else(|| Refusal::of_arguments(format!("dlogits is {dlogits:?}")))?;
+    let kernel = engine.kernel.clone().with_dlogits(dlogits);
     let poison = call.flag("poison")?;
     engine.pool.install(|| match Problem::new(inputs, options) {
         Err(error @ (ProblemError::Target { .. } | ProblemError::Weight { .. })) if poison => {

@@ -106,18 +106,14 @@ fn kernel_name() -> PyResult<&'static str> {
 
 /// How dlogits are rounded for inputs hidden and unembedding and gradients of them, each a dtype's name.
 #[pyfunction]
-#[pyo3(signature = (inputs, gradients, dlogits))]
-fn kernel_contract(inputs: [String; 2], gradients: [String; 2], dlogits: Option<&str>) -> PyResult<&'static str> {
+fn kernel_contract(inputs: [String; 2], gradients: [String; 2], dlogits: &str) -> PyResult<&'static str> {
     let dtype = |name: &String| {
         let known = [DType::Bf16, DType::F16, DType::F32].into_iter().find(|dtype| dtype.name() == name);
         known.ok_or_else(|| PyValueError::new_err(format!("dtype {name}: expected bfloat16, float16 or float32")))
     };
     let inputs = [dtype(&inputs[0])?, dtype(&inputs[1])?];
     let gradients = [dtype(&gradients[0])?, dtype(&gradients[1])?];
-    let mut kernel = engine_in_python()?.kernel.clone();
-    if let Some(name) = dlogits {
-        let dlogits = Dlogits::by_name(name);
-        kernel = kernel.with_dlogits(dlogits.ok_or_else(|| PyValueError::new_err(format!("dlogits is {name:?}")))?);
-    }
+    let precision = Dlogits::by_name(dlogits).ok_or_else(|| PyValueError::new_err(format!("dlogits is {dlogits:?}")))?;
+    let kernel = engine_in_python()?.kernel.clone().with_dlogits(precision);
     Ok(kernel.contract(inputs, gradients).dlogits.name())
 }
