@@ -153,8 +153,10 @@ def findings(value):
 STEPS = ("--steps", "41", "--capture-at", "40")
 
 
-def test_a_healthy_run_of_four_processes_agrees(tmp_path):
-    assert judged(train(tmp_path, 4, 1, *STEPS)) == (0, [])
+@pytest.mark.parametrize("processes, devices, loss", [(4, 1, ("--fused",)), (1, 4, ())])
+def test_a_healthy_run_agrees(tmp_path, processes, devices, loss):
+    """With the example's own loss, and with the kernel, by their own contracts."""
+    assert judged(train(tmp_path, processes, devices, *STEPS, *loss)) == (0, [])
 
 
 @pytest.mark.parametrize("fault", ["label-scatter-bf16", "gq-bf16", "mean-of-means"])
