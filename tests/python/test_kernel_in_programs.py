@@ -225,6 +225,22 @@ def test_sharded_arrays_without_a_shard_map():
     assert holds(*jax.jit(differentiated(mean))(put(hidden), put(targets), put(unembedding), put(weights)))
 
 
+def test_explicitly_sharded_arrays_are_refused_outside_of_a_shard_map():
+    hidden, targets, unembedding, weights = inputs()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        hidden = jax.device_put(hidden, NamedSharding(mesh, P("data")))
+        with pytest.raises(ValueError, match=r"hidden: bfloat16\[48@data,24\], sharded over explicit .* inside of a jax.shard_map"):
+            jax.jit(mean)(hidden, targets, unembedding, weights)
+    # In one, it is as on any other mesh.
+    local = lambda q, t, k, w: mean(q, t, k, w, token_axes="data")
+    specs = {"mesh": mesh, "in_specs": (P("data"), P("data"), P(), P("data"))}
+    out = jax.jit(jax.shard_map(local, out_specs=CrossEntropy(P("data"), P("data"), P("data"), P()), **specs))
+    put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+    found = out(hidden, put(targets), jax.device_put(unembedding, NamedSharding(mesh, P())), put(weights))
+    np.testing.assert_array_equal(found.loss, mean(*inputs()).loss)
+
+
 @each_jaxlib
 def test_many_calls_at_once_on_several_devices():
     """Work that waits on XLA's threads for other work on them would wait for ever."""

@@ -13,7 +13,7 @@ from .choice import warn_of_fallback
 from .chunked import masked_tokens
 from .options import Options, default_dlogits
 from .rules import per_token
-from .versions import as_varying, in_shard_map
+from .versions import as_varying, in_shard_map, is_explicitly_sharded
 
 FLOATS = ("bfloat16", "float16", "float32")
 LARGEST_VOCAB = 2**31 - 1
@@ -115,6 +115,9 @@ def fused_cross_entropy(
     _one_of("reduction", reduction, ("mean", "sum", "none"))
     if options.operands and "float16" in gradients:
         raise TypeError("operands is bfloat16 and an array float16; expected bfloat16 and float32 arrays alone")
+    for name, x in (("hidden", hidden), ("targets", targets), ("unembedding", unembedding), ("token_weights", weights)):
+        if is_explicitly_sharded(x):
+            raise ValueError(f"{name}: {jax.typeof(x)}, sharded over explicit mesh axes; call this inside of a jax.shard_map over them")
     if implementation is None:
         warn_of_fallback()
 

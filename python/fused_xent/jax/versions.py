@@ -26,6 +26,12 @@ def types_vary(axes: tuple[str, ...]) -> bool:
     return bool(varying_axes(lax.axis_index(axes)))
 
 
+def is_explicitly_sharded(x: jax.Array) -> bool:
+    """Whether the type of `x` says how it is sharded, over mesh axes of the type `Explicit`."""
+    aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
+    return any(getattr(getattr(aval, "sharding", None), "spec", None) or ())
+
+
 def in_shard_map() -> bool:
     """Whether each device runs a program of its own here, which it alone could fail."""
     mesh = jax.sharding.get_abstract_mesh()
