@@ -3,7 +3,8 @@
     python launch.py --processes 4 --devices 1 train_lm.py --steps 61 --capture-at 60 --dumps /tmp/lm
     xent-diff /tmp/lm
 
-The loss is the example's own, which can be given a fault, or with --fused the kernel of `fused_xent.jax`. Weights and batch are sharded over all devices of all processes (FSDP); a step scans over its microbatches.
+The loss is the example's own, which can be given a fault, or with --fused the kernel of `fused_xent.jax`. Weights and batch are
+sharded over all devices of all processes (FSDP); a step scans over its microbatches.
 """
 
 import argparse

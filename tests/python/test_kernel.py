@@ -239,7 +239,7 @@ REFUSED = [
     ({"valid_vocab": 6}, ValueError, "valid_vocab is 6; expected 1 to 5"),
     ({"valid_vocab": 2.5}, TypeError, "valid_vocab is 2.5; expected an integer"),
     ({"ignore_index": 2**70}, ValueError, "ignore_index is"),
-    ({"logit_scale": 0.0}, ValueError, "logit_scale is 0.0; expected a finite number other than 0"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale is 0.0; expected a finite number, one other than 0"),
     ({"logit_softcap": -1}, ValueError, "logit_softcap is -1"),
     ({"z_loss": float("nan")}, ValueError, "z_loss is nan"),
     ({"z_loss": jnp.ones(())}, TypeError, "z_loss is .*known when the call is traced"),

@@ -1,7 +1,9 @@
 """The structs that the Rust handlers share with XLA, and calls that no wrapper would make."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,16 @@ def test_the_handlers_take_nothing_on_trust():
         with pytest.raises(Exception, match="INVALID_ARGUMENT: fused_cross_entropy: .*" + message):
             raw("fused_xent_backward", results, operands, attributes)
     assert fused_cross_entropy(*OPERANDS[:3], implementation="rust").lse.shape == (3,), "and nothing is broken after that"
+
+
+def test_a_kernel_that_this_machine_does_not_have_is_an_error():
+    program = "import jax, numpy as np; from fused_xent.jax import fused_cross_entropy as f, implementation\n"
+    program += "x = np.ones((3, 4), np.float32)\n"
+    program += "for call in (lambda: f(x, np.zeros(3, np.int32), x), implementation):\n"
+    program += "    try: jax.block_until_ready(call())\n    except Exception as error: print(error)"
+    environment = {**os.environ, "FUSED_XENT_KERNEL": "abacus"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for line, start in zip(done.stdout.splitlines(), ("FAILED_PRECONDITION: fused_cross_entropy: ", "")):
+        assert line.startswith(f"{start}FUSED_XENT_KERNEL is `abacus`, expected one of the kernels of this machine:")
+    assert len(done.stdout.splitlines()) == 2

@@ -215,6 +215,9 @@ def test_a_bad_token_of_one_device_stops_no_other():
         out, (dq, dk) = sharded(way, "rust", inside=True)(hidden, wrong, unembedding, weights)
         assert np.flatnonzero(np.isnan(out.loss)).tolist() == [20] and np.isnan(out.reduced)
         assert np.isnan(np.asarray(dq, np.float32)).all(axis=1).any() and np.isnan(dk).all()
+    # What weight a masked token has is of no account.
+    out, gradients = sharded("both", "rust", inside=True)(hidden, targets, unembedding, np.where(targets == -100, np.inf, weights))
+    assert holds(out, gradients)
 
 
 def test_sharded_arrays_without_a_shard_map():

@@ -50,7 +50,7 @@ class _Problem:
         self.options, self.start, self.unembedding = options, start, unembedding
         self.masked = masked_tokens(options, targets, token_weights)
         outside = (targets < 0) | (targets >= options.valid_vocab)
-        self.bad = (~self.masked & outside) | ~jnp.isfinite(token_weights)
+        self.bad = ~self.masked & (outside | ~jnp.isfinite(token_weights))
         # What a masked token's row holds, be it NaN, is of no account.
         self.hidden = jnp.where(self.masked[..., None], 0, hidden)
         self.labels = jnp.where(self.masked | self.bad, 0, targets).astype(jnp.int32) - start

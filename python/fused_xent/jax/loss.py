@@ -13,7 +13,7 @@ from .choice import warn_of_fallback
 from .chunked import masked_tokens
 from .options import Options, default_dlogits
 from .rules import per_token
-from .versions import as_varying, in_shard_map, is_explicitly_sharded
+from .versions import as_varying, in_shard_map, is_explicitly_sharded, type_of
 
 FLOATS = ("bfloat16", "float16", "float32")
 LARGEST_VOCAB = 2**31 - 1
@@ -94,17 +94,17 @@ def fused_cross_entropy(
     hidden, targets, unembedding = jnp.asarray(hidden), _targets(targets), jnp.asarray(unembedding)
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else _weights(token_weights)
     own_vocab = _check_shapes(hidden, targets, unembedding, weights, layout)
-    shards = math.prod(int(lax.psum(1, axis)) for axis in vocab_axes)
+    whole_vocab = own_vocab * math.prod(int(lax.psum(1, axis)) for axis in vocab_axes)
     gradients = (hidden.dtype.name, unembedding.dtype.name)
     options = Options(
         layout=layout,
         ignore_index=_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
-        valid_vocab=_integer("valid_vocab", own_vocab * shards if valid_vocab is None else valid_vocab, 1, own_vocab * shards),
-        logit_scale=_number("logit_scale", logit_scale, "a finite number other than 0", lambda x: x != 0),
-        logit_softcap=0.0 if logit_softcap is None else _number("logit_softcap", logit_softcap, "a finite number above 0", lambda x: x > 0),
-        z_loss=_number("z_loss", z_loss, "a finite number, 0 or above", lambda x: x >= 0),
-        label_smoothing=_number("label_smoothing", label_smoothing, "a number in [0, 1)", lambda x: 0 <= x < 1),
-        vocab=_integer("the vocabulary", own_vocab * shards, 1, LARGEST_VOCAB),
+        valid_vocab=_integer("valid_vocab", whole_vocab if valid_vocab is None else valid_vocab, 1, whole_vocab),
+        logit_scale=_number("logit_scale", logit_scale, "one other than 0", lambda x: x != 0),
+        logit_softcap=0.0 if logit_softcap is None else _number("logit_softcap", logit_softcap, "one above 0", lambda x: x > 0),
+        z_loss=_number("z_loss", z_loss, "0 or above", lambda x: x >= 0),
+        label_smoothing=_number("label_smoothing", label_smoothing, "one in [0, 1)", lambda x: 0 <= x < 1),
+        vocab=_integer("the size of the vocabulary", whole_vocab, 1, LARGEST_VOCAB),
         vocab_axes=vocab_axes,
         operands=_one_of("operands", operands, (None, "bfloat16")),
         gradients=gradients,
@@ -117,7 +117,7 @@ def fused_cross_entropy(
         raise TypeError("operands is bfloat16 and an array float16; expected bfloat16 and float32 arrays alone")
     for name, x in (("hidden", hidden), ("targets", targets), ("unembedding", unembedding), ("token_weights", weights)):
         if is_explicitly_sharded(x):
-            raise ValueError(f"{name}: {jax.typeof(x)}, sharded over explicit mesh axes; call this inside of a jax.shard_map over them")
+            raise ValueError(f"{name}: {type_of(x)}, sharded over explicit mesh axes; call this inside of a jax.shard_map over them")
     if implementation is None:
         warn_of_fallback()
 
@@ -136,8 +136,8 @@ def _reduced(options, reduction, denominator, token_axes, loss, targets, weights
     if reduction == "sum":
         return total
     if isinstance(denominator, str):
-        counted = {"valid": weights, "tokens": jnp.ones_like(weights)}[_one_of("denominator", denominator, ("valid", "tokens"))]
-        denominator = _sum(counted, token_axes)
+        _one_of("denominator", denominator, ("valid", "tokens"))
+        denominator = _sum(weights if denominator == "valid" else jnp.ones_like(weights), token_axes)
     elif jnp.shape(denominator):
         raise ValueError(f"denominator has shape {list(jnp.shape(denominator))}; expected a number")
     none = denominator == 0
@@ -155,7 +155,8 @@ def _axes(name: str, given: Any) -> tuple[str, ...]:
         try:
             lax.axis_index(axis)
         except NameError:
-            raise ValueError(f"{name} is {given!r}; there is no axis {axis!r} here: is this inside of a shard_map over it?") from None
+            found = f"{name} is {given!r}, and there is no axis {axis!r} here"
+            raise ValueError(f"{found}: is this inside of a shard_map over it?") from None
     return axes
 
 
@@ -217,5 +218,5 @@ def _number(name: str, found: Any, expected: str, fits: Any) -> float:
         raise TypeError(f"{name} is {found!r}; expected a number, known when the call is traced")
     value = float(found)
     if not (math.isfinite(value) and fits(value)):
-        raise ValueError(f"{name} is {found}; expected {expected}")
+        raise ValueError(f"{name} is {found}; expected a finite number, {expected}")
     return value

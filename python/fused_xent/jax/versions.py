@@ -1,16 +1,21 @@
 """What differs between the versions of JAX, 0.5 to 0.10: the types of arrays inside of a `shard_map`."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax import lax
 
 
+def type_of(x: jax.Array) -> Any:
+    """What is known of `x` when it is traced."""
+    return jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which the type of `x` says that it varies; none where types do not say."""
-    aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
-    manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(aval, "vma", ()) if manual is None else manual.varying)
+    manual = getattr(type_of(x), "manual_axis_type", None)
+    return frozenset(getattr(type_of(x), "vma", ()) if manual is None else manual.varying)
 
 
 def as_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
@@ -28,8 +33,7 @@ def types_vary(axes: tuple[str, ...]) -> bool:
 
 def is_explicitly_sharded(x: jax.Array) -> bool:
     """Whether the type of `x` says how it is sharded, over mesh axes of the type `Explicit`."""
-    aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
-    return any(getattr(getattr(aval, "sharding", None), "spec", None) or ())
+    return any(getattr(getattr(type_of(x), "sharding", None), "spec", None) or ())
 
 
 def in_shard_map() -> bool:

@@ -183,8 +183,9 @@ impl Mended {
         };
         let ids = 0..options.valid_vocab.map_or(i64::MAX, |ids| ids as i64);
         for (token, (target, weight)) in mended.targets.iter_mut().zip(&mut mended.weights).enumerate() {
-            let masked = *target == options.ignore_index || *weight == 0.0;
-            if !weight.is_finite() || !(masked || ids.contains(target)) {
+            if *target == options.ignore_index || *weight == 0.0 {
+                *weight = 0.0;
+            } else if !(weight.is_finite() && ids.contains(target)) {
                 (*target, *weight) = (0, 1.0);
                 mended.bad.push(token);
             }
