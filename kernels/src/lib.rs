@@ -44,6 +44,7 @@ mod lanes;
 mod memory;
 mod panels;
 pub mod problem;
+pub mod product;
 pub mod reduction;
 pub mod reference;
 pub mod shard;

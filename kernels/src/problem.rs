@@ -45,12 +45,27 @@ impl DType {
     /// `x` rounded once to this type (nearest, ties to even), as f64.
     pub fn round(self, x: f64) -> f64 {
         match self {
-            DType::Bf16 => bf16::from_f32(round_to_odd(x)).to_f64(),
+            DType::Bf16 => round_to_bf16(x),
             DType::F16 => f16::from_f32(round_to_odd(x)).to_f64(),
             DType::F32 => f64::from(x as f32),
         }
     }
 }
+
+/// By the bits of the double where the result is a normal number.
+fn round_to_bf16(x: f64) -> f64 {
+    const LOST: u64 = (1 << (52 - 7)) - 1;
+    let magnitude = x.abs();
+    if magnitude >= f64::from(f32::MIN_POSITIVE) && magnitude < LEAST_BF16_INFINITY {
+        let bits = x.to_bits();
+        let to_even = bits >> (52 - 7) & 1;
+        return f64::from_bits((bits + (LOST >> 1) + to_even) & !LOST);
+    }
+    bf16::from_f32(round_to_odd(x)).to_f64()
+}
+
+/// Half a step above the largest bfloat16: from here on, numbers are rounded to infinity.
+const LEAST_BF16_INFINITY: f64 = (2.0 - 1.0 / 256.0) * (1u128 << 127) as f64;
 
 /// `x` in float32, its last bit set if anything was lost: rounding the result to 16 bits is then rounding `x` once.
 ///
@@ -122,6 +137,19 @@ impl Floats<'_> {
             Floats::Bf16(s) => s[range].convert_to_f64_slice(out),
             Floats::F16(s) => s[range].convert_to_f64_slice(out),
             Floats::F32(s) => out.iter_mut().zip(&s[range]).for_each(|(out, &x)| *out = f64::from(x)),
+        }
+    }
+
+    /// [`get`](Self::get) of the elements from `start` on, as many as `out` holds.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn copy_to_f32(&self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Floats::Bf16(s) => s[range].convert_to_f32_slice(out),
+            Floats::F16(s) => s[range].convert_to_f32_slice(out),
+            Floats::F32(s) => out.copy_from_slice(&s[range]),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use super::counterfactual::{Bf16Sum, LabelSum, ScatterOnto, bf16};
 use super::token::{Replay, Token, TokenLabel};
+use fused_xent_kernels::product::general_mat_mul;
 use fused_xent_kernels::reference::{self, Parts};
-use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -28,7 +28,8 @@ impl Replay<'_> {
         for some in tiles.chunks(4 * rayon::current_num_threads()) {
             let product = |tile: &Range<usize>| {
                 let k = reference::unembedding_rows(self.problem, tile.clone());
-                let mut part = dlogits(tile.clone()).dot(&k);
+                let mut part = Array2::zeros((tokens.len(), k.ncols()));
+                general_mat_mul(1.0, &dlogits(tile.clone()), &k, 0.0, &mut part);
                 if how.dq_sum.is_some() {
                     for (mut row, label) in part.outer_iter_mut().zip(tokens.iter().map(|t| t.label)) {
                         if let Some(c) = label.column.filter(|c| tile.contains(c)) {
