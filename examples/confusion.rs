@@ -1,13 +1,14 @@
 //! Plants every fault of the catalogue in dumps of several logit regimes and shapes, and counts what the diff makes of them.
 //!
 //! `cargo run --release --example confusion -- [--slug SLUG] [--regime REGIME] [--shape N,D,V] [--healthy COUNT] [--sample ROWS]`:
-//! a matrix of faults by regimes, then what was taken for what. Without options it takes some ten minutes.
+//! a matrix of faults by regimes, then what was taken for what; then how near dumps without a fault come to the limits.
 
 use clap::{Parser, ValueEnum};
 use fused_xent::diff::fault::{CATALOGUE, Fault};
 use fused_xent::diff::sampling::Sampling;
 use fused_xent::diff::synth::{Regime, SynthOptions, synth};
 use fused_xent::diff::{Candidate, Settings, judge};
+use fused_xent::dump::LossSettings;
 use fused_xent::kernels::contract::Precision;
 use fused_xent::report::model::{Finding, Report, Verdict};
 use serde_json::Value;
@@ -25,10 +26,10 @@ struct Options {
     #[arg(long)]
     regime: Option<Regime>,
     /// Tokens, features and vocab ids; may be repeated
-    #[arg(long = "shape", value_delimiter = ',', num_args = 3, default_values_t = [320, 64, 1000])]
+    #[arg(long = "shape", value_delimiter = ',', num_args = 3, default_values_t = SHAPES.concat())]
     shape: Vec<usize>,
     /// Dumps without a fault, of random shapes and losses
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 500)]
     healthy: u64,
     /// Judge a sample of so many rows
     #[arg(long)]
@@ -38,6 +39,7 @@ struct Options {
     lines: bool,
 }
 
+const SHAPES: [[usize; 3]; 3] = [[320, 64, 1000], [130, 200, 777], [96, 32, 3000]];
 const REGIMES: [Regime; 5] = [Regime::Initial, Regime::Unit, Regime::Trained, Regime::Large, Regime::Huge];
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -98,6 +100,55 @@ fn judged(options: &SynthOptions, sample: Option<NonZeroUsize>) -> Result<Option
 
 fn name(regime: Regime) -> String {
     regime.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+}
+
+/// Dumps that carry no fault: none may diverge. Prints how near they come to what is tolerated, stage by stage.
+fn healthy(chosen: &Options) -> Result<(), Box<dyn Error>> {
+    let mut alarms = 0;
+    let mut seen: BTreeMap<String, Vec<[f64; 2]>> = BTreeMap::new();
+    for seed in 0..chosen.healthy {
+        let pick = |from: &[usize], salt: u64| from[((seed + 1) * (2 * salt + 7) % 31) as usize % from.len()];
+        let gradients = PRECISIONS[seed as usize / REGIMES.len() % 2];
+        let mut loss = LossSettings::default();
+        if seed % 7 == 0 {
+            let options = &mut loss.options;
+            (options.logit_softcap, options.z_loss) = (Some(12.0), 1e-3);
+            (options.label_smoothing, options.logit_scale) = (0.1, 0.6);
+        }
+        loss.reduction.cotangent = [1.0, 0.25, 1e-6, 3.0][seed as usize % 4];
+        let options = SynthOptions {
+            tokens: pick(&[1, 7, 64, 100, 320], 0),
+            hidden: pick(&[1, 5, 32, 64], 1),
+            vocab: pick(&[3, 100, 300, 1000], 2),
+            microbatches: pick(&[1, 2, 3], 3),
+            regime: REGIMES[seed as usize % REGIMES.len()],
+            gradients,
+            weights: seed % 3 == 0,
+            loss,
+            // Honest where gradients are in bfloat16.
+            faults: if gradients == Precision::Bf16 && seed % 2 == 0 { vec![Fault::parse("dlogits-bf16")?] } else { vec![] },
+            seed,
+            ..SynthOptions::default()
+        };
+        let Some(report) = judged(&options, chosen.sample)? else { continue };
+        alarms += usize::from(report.verdict == Verdict::Diverge);
+        let accumulated = report.candidates.iter().flat_map(|c| &c.accumulated).flat_map(|a| &a.tensors);
+        let tensors = report.candidates.iter().flat_map(|c| &c.microbatches).flat_map(|m| &m.tensors).chain(accumulated);
+        for tensor in tensors {
+            seen.entry(tensor.name.clone()).or_default().push([tensor.ratio, tensor.ratio / tensor.ratio_limit]);
+        }
+    }
+    println!("alarms in {} healthy dumps: {alarms}", chosen.healthy);
+    println!("{:28}{:>9}{:>30}{:>30}", "", "tensors", "ratio: median, 99 %, most", "of its limit: the same");
+    for (stage, seen) in seen {
+        let quantiles = |which: usize| {
+            let mut values: Vec<f64> = seen.iter().map(|pair| pair[which]).collect();
+            values.sort_by(f64::total_cmp);
+            [50, 99, 100].map(|percent| format!("{:>10.3}", values[(values.len() - 1) * percent / 100])).concat()
+        };
+        println!("{stage:28}{:>9}{}{}", seen.len(), quantiles(0), quantiles(1));
+    }
+    Ok(())
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -162,22 +213,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         println!("{:34}{row}", entry.slug);
     }
-    let mut alarms = 0;
-    for seed in 0..chosen.healthy {
-        let pick = |from: &[usize], salt: u64| from[((seed + 1) * (2 * salt + 7) % 31) as usize % from.len()];
-        let options = SynthOptions {
-            tokens: pick(&[1, 7, 64, 100, 320], 0),
-            hidden: pick(&[1, 5, 32, 64], 1),
-            vocab: pick(&[3, 100, 300, 1000], 2),
-            microbatches: pick(&[1, 2, 3], 3),
-            regime: REGIMES[seed as usize % REGIMES.len()],
-            gradients: PRECISIONS[seed as usize / REGIMES.len() % 2],
-            weights: seed % 3 == 0,
-            seed,
-            ..SynthOptions::default()
-        };
-        alarms += usize::from(judged(&options, chosen.sample)?.is_some_and(|report| report.verdict == Verdict::Diverge));
-    }
     for ((planted, found), count) in &confusions {
         println!("{planted} taken for {found}: {count}");
     }
@@ -195,7 +230,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         share(parameters[1], parameters[0] + parameters[1]),
         parameters[0] + parameters[1]
     );
-    println!("alarms in {} healthy dumps: {alarms}", chosen.healthy);
+    healthy(&chosen)?;
     println!("{:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }

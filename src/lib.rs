@@ -7,6 +7,7 @@ pub mod cli;
 pub mod diff;
 pub mod dump;
 mod files;
+pub mod isolate;
 pub mod report;
 pub mod slice;
 

@@ -5,6 +5,7 @@ use fused_xent::diff::fault::{CATALOGUE, Fault};
 use fused_xent::diff::replay::{Counterfactual, Excerpt, Wanted};
 use fused_xent::diff::step::Step;
 use fused_xent::diff::synth::{Made, Regime, SynthOptions};
+use fused_xent::diff::truth::Stage;
 use fused_xent::dump::LossSettings;
 use fused_xent::kernels::problem::{LossOptions, Sample};
 use fused_xent::kernels::reference;
@@ -83,25 +84,75 @@ fn some_rows_of_every_fault_are_those_of_the_whole() {
 #[test]
 fn some_rows_of_every_variant_are_those_of_the_whole() {
     for text in [
+        "label-logit-bf16:rounded=sum",
+        "label-logit-bf16:rounded=running-sum",
+        "label-logit-bf16:rounded=running-sum-and-products",
+        "lse-bf16:seen_by=output",
+        "lse-bf16:seen_by=loss",
+        "dlogits-bf16:label=joint",
         "label-scatter-bf16:onto=lse-part",
         "label-scatter-bf16:processes=3,processes_added_in=bf16",
         "label-scatter-bf16:onto=lse-part,processes=2",
         "dk-accumulate-bf16:width=32",
+        "dk-accumulate-bf16:over=microbatches,parts_rounded=false",
         "dk-accumulate-bf16:chunks=4,processes=3",
         "dq-accumulate-bf16:width=512,parts_rounded=false",
         "gradient-filter:eps=0.002,token_tile=48,vocab_tile=100",
         "gradient-filter:eps=0.004,token_tile=1,vocab_tile=16",
+        "gradient-filter:eps=0.004,masked=count",
         "approximate-exp-log:of=exp,degree=2",
         "approximate-exp-log:of=exp-in-lse",
         "approximate-exp-log:of=exp-bf16",
+        "approximate-exp-log:of=exp2-polynomial,c3=0.08",
         "label-tile-edge:tile=4,edge=last",
         "ignored-leak:label=zero",
         "ignored-leak:label=none",
+        "label-off-by-one:to=left",
+        "label-off-by-one:beyond=lost",
+        "valid-vocab-ignored:in=backward",
         "logit-scale-ignored:missing=all",
+        "logit-scale-ignored:missing=all-in-lse-too",
+        "dq-not-reduced:shards=7,shard=2,split=even",
+        "dk-not-reduced:shards=3,shard=1",
+        "local-lse:shards=12,split=even",
+        "label-per-shard:shards=3,of=dq",
+        "label-per-shard:shards=5,of=dk",
         "dq-cotangent-missing:missing=g",
         "dk-cotangent-missing:missing=g",
     ] {
         as_the_whole(&[Fault::parse(text).unwrap_or_else(|e| panic!("{text}: {e}"))]);
+    }
+}
+
+#[test]
+fn near_ties_of_some_rows_are_those_of_the_whole() {
+    for text in ["dlogits-bf16", "dlogits-bf16:label=joint", "prob-minus-one-bf16", "lse-bf16:seen_by=loss", "label-logit-bf16"] {
+        let options = options(&[Fault::parse(text).unwrap()]);
+        let made = Made::new(&options);
+        let step = made.step(&options).unwrap();
+        let how = computation(&step, &options.faults);
+        let problem = &step.microbatches[1].problem;
+        let shape = problem.shape();
+        let (tokens, ids) = (vec![0, 3, 17, 64, 139], vec![0, 1, 2, 63, 1024, 2299]);
+        let sample = Sample::new(shape, tokens.clone(), ids.clone()).unwrap();
+        let mut excerpt = Excerpt::new(&step, 1, sample, &reference::forward(problem).unwrap().lse);
+        excerpt.learn([&how].into_iter());
+        let (some, whole) = (excerpt.ties(&how, &excerpt.rows(), Wanted::ALL), how.ties(&step, 1, Wanted::ALL));
+        let mut there_are = false;
+        for (stage, rows) in [
+            (Stage::Loss, &tokens),
+            (Stage::Lse, &tokens),
+            (Stage::LabelLogits, &tokens),
+            (Stage::DHidden, &tokens),
+            (Stage::DUnembedding, &ids),
+        ] {
+            there_are |= whole.stage(stage).iter().any(|square| *square > 0.0);
+            let largest = whole.stage(stage).iter().fold(f64::MIN_POSITIVE, |most, x| most.max(*x));
+            for (&row, some) in rows.iter().zip(some.stage(stage)) {
+                assert!((whole.stage(stage)[row] - some).abs() <= 1e-9 * largest, "{text}: {stage:?} {row}");
+            }
+        }
+        assert!(there_are || text.starts_with("l"), "{text}: no near ties among 300 000 elements");
     }
 }
 
@@ -119,6 +170,9 @@ fn some_rows_of_two_faults_are_those_of_the_whole() {
         ["gq-bf16", "token-tail-dropped:tile=60"],
         ["approximate-exp-log:of=exp", "lse-tile-missing:tile=300,index=0"],
         ["gradient-filter:eps=0.002,token_tile=48,vocab_tile=100", "vocab-pad-unmasked:pad=900"],
+        ["dlogits-bf16:label=joint", "label-per-shard:of=dk"],
+        ["gradient-filter:masked=count", "local-lse:shards=3"],
+        ["logit-scale-ignored:missing=all-in-lse-too", "ignored-leak:label=none"],
         ["gradient-filter", "dk-accumulate-bf16:chunks=4,processes=2"],
     ] {
         as_the_whole(&pair.map(parse));

@@ -123,6 +123,17 @@ impl Tolerance {
         (self.before[rows.clone()].iter().sum::<f64>() + self.rounding[rows].iter().sum::<f64>()).sqrt()
     }
 
+    /// The floor of the arithmetic alone, before the final rounding and without a declared rounding to 16 bits.
+    pub fn arithmetic_l2(&self, rows: Range<usize>) -> f64 {
+        self.before[rows.clone()]
+            .iter()
+            .zip(&self.declared[rows])
+            .map(|(all, declared)| all - declared)
+            .sum::<f64>()
+            .max(0.0)
+            .sqrt()
+    }
+
     /// What ‖error‖₂ of an honest computation does not exceed over the given rows, by accident either.
     ///
     /// A row's float32 error may hang on a single rounding, so its square is taken as a χ² variable of one degree of freedom.

@@ -5,12 +5,15 @@ use crate::diff::Candidate;
 use crate::diff::fault::Fault;
 use crate::diff::synth::Regime;
 use crate::dump::{LossSettings, check_contract};
+use crate::isolate::{Setting, switch};
 use crate::kernels::contract::Precision;
 use clap::{Args, Parser, Subcommand};
+use regex::bytes::Regex;
 use serde_json::Value;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Replays captured training steps of a fused linear cross-entropy in float64 and says whether the gradients are right,
 /// where they first go wrong, and why.
@@ -81,6 +84,8 @@ pub enum Command {
     Synth(Box<Synth>),
     /// Cut a small dump out of a large one that still shows what is wrong with it
     Slice(Slice),
+    /// Find which of several switches makes a command fail, hang or crash
+    Isolate(Isolate),
     /// List the fault catalogue
     Faults,
 }
@@ -127,6 +132,55 @@ const CUTS: &str = "\
 What was recorded and no longer belongs to the slice is dropped: dK where tokens are cut, the accumulated dK where microbatches
 are. The loss is settled so that every token's cotangent stays what it was. The vocabulary is never cut, since every token's lse
 runs over all of it. Under \"extra\" the manifests say what they are a slice of.";
+
+/// Find which of several switches makes a command fail, hang or crash
+///
+/// The command is run with none of the switches on and must succeed, with all of them and must fail, then with each alone and, if
+/// need be, with ever fewer together, until the smallest set that fails is known and the smallest whose removal cures.
+#[derive(Debug, Args)]
+#[command(after_help = OUTCOMES)]
+pub struct Isolate {
+    /// The command line, run by /bin/sh; arguments of switches stand where it says "$@", or else at its end
+    #[arg(long = "cmd", value_name = "COMMAND")]
+    pub command: String,
+    /// A switch: NAME=KEY=VALUE sets a variable of the environment, NAME=ARGUMENT adds an argument; repeated, with the same NAME
+    /// for what belongs together
+    #[arg(long = "switch", value_name = "NAME=SETTING", required = true, value_parser = switch::parse)]
+    pub switches: Vec<(String, Setting)>,
+    /// A run that has not ended after S seconds hangs; all that it started is killed
+    #[arg(long, value_name = "S", default_value = "600", value_parser = seconds)]
+    pub timeout: Duration,
+    /// A run that puts out nothing for S seconds hangs, too
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub silence: Option<Duration>,
+    /// A run succeeds only if a line of its output matches
+    #[arg(long, value_name = "RE", value_parser = Regex::new)]
+    pub success_pattern: Option<Regex>,
+    /// A run fails if a line of its output matches
+    #[arg(long, value_name = "RE", value_parser = Regex::new)]
+    pub failure_pattern: Option<Regex>,
+    /// Successes before a set is believed to succeed that the conclusion rests on
+    #[arg(long, value_name = "N", default_value = "2")]
+    pub min_pass: NonZeroUsize,
+    /// Failures before such a set is believed to fail
+    #[arg(long, value_name = "N", default_value = "2")]
+    pub min_fail: NonZeroUsize,
+    /// The folder for one log a run and the journal, from which an interrupted search goes on
+    #[arg(long, value_name = "DIR", default_value = "isolate-logs")]
+    pub logs: PathBuf,
+    /// Write the result as JSON ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<Target>,
+    /// Print the conclusion alone, without table and progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+const OUTCOMES: &str = "\
+The first of these that applies is the outcome of a run: hang (it did not end), crash (a signal ended it), failure (a line matches
+the failure pattern; or the exit code is not 0; or no line matches the success pattern), success.
+Exit codes: 0 nothing fails, 1 a culprit was found, 2 the call is at fault or the command fails without any switch, 3 internal
+error. Ctrl-C ends it with everything it started; the same call goes on from there.";
 
 /// Rows, as [start, end) ranges.
 pub type Ranges = Vec<Range<usize>>;
@@ -178,6 +232,14 @@ pub struct Synth {
     /// Precision of the recorded gradients: bf16 or f32
     #[arg(long, value_name = "P", default_value = "bf16", value_parser = gradients)]
     pub gradients: Precision,
+    /// Declare this contract, and compute by it but for the faults, such as dlogits=bf16,d_unembedding=f32: logits, dlogits,
+    /// d_hidden, d_unembedding, each f32 or bf16
+    #[arg(long, value_name = "MEMBER=PRECISION,...", value_parser = contract)]
+    pub contract: Option<Value>,
+    /// Record the inner stages too, in float32: the cotangents of lse and of the label logits, and,
+    /// without label smoothing, the parts of both gradients
+    #[arg(long)]
+    pub inner: bool,
     /// A fault that they carry: its slug, or slug:name=value,…; may be repeated
     #[arg(long = "fault", value_name = "SLUG", value_parser = Fault::parse)]
     pub faults: Vec<Fault>,
@@ -195,6 +257,11 @@ pub struct Synth {
 fn rows(text: &str) -> Result<NonZeroUsize, String> {
     text.parse()
         .map_err(|_| "expected a number of rows, 1 or more; a path stands before --sample, or write --sample=256".to_owned())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).filter(|time| !time.is_zero());
+    time.ok_or_else(|| "expected a number of seconds above 0, such as 90 or 0.5".to_owned())
 }
 
 fn ranges(text: &str) -> Result<Ranges, String> {

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 /// How a run of `xent-diff` ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Exit {
-    /// 0: everything compared agrees within its tolerance; or there was nothing to judge, and no problem.
+    /// 0: everything compared agrees within its tolerance; or there was nothing to judge, and no problem; or nothing fails that
+    /// was to be isolated.
     Agree,
-    /// 1: something diverges.
+    /// 1: something diverges; or a culprit was isolated.
     Diverge,
     /// 2: the input or the call is at fault; one message on standard error says how.
     Input,
@@ -17,6 +18,8 @@ pub enum Exit {
     Internal,
     /// 141, as a shell shows a process that SIGPIPE ended: the reader of standard output went away before the last dump.
     ClosedPipe,
+    /// 128 and the number of a signal, as a shell shows a process that it ended: `isolate` first ends what it started.
+    Signal(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -27,6 +30,7 @@ impl From<Exit> for ExitCode {
             Exit::Input => 2,
             Exit::Internal => 3,
             Exit::ClosedPipe => 141,
+            Exit::Signal(number) => 128 + number,
         })
     }
 }

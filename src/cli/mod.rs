@@ -4,6 +4,7 @@ mod args;
 mod exit;
 mod faults;
 mod info;
+mod isolate;
 mod judge;
 mod output;
 mod progress;
@@ -46,6 +47,7 @@ fn run(cli: &Cli) -> Result<Exit, Box<dyn Error>> {
         (Some(Command::Info(args)), _) => info::run(args, &mut out),
         (Some(Command::Synth(args)), _) => synth::run(args, &mut out),
         (Some(Command::Slice(args)), _) => slice::run(args, &mut out),
+        (Some(Command::Isolate(args)), _) => isolate::run(args, &mut out),
         (Some(Command::Faults), _) => faults::run(&mut out),
         (None, Some(args)) => judge::run(args, &mut out),
         (None, None) => unreachable!("clap asks for a path where there is no command"),

@@ -1,6 +1,9 @@
 //! Bars on standard error: only on a terminal, and not with `--quiet`.
 
 use crate::diff::Progress;
+use crate::isolate::search::Step;
+use crate::isolate::{Run, Watch};
+use crate::report::text::clean;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::time::Duration;
 
@@ -17,6 +20,11 @@ impl Bar {
     /// Counts bytes.
     pub fn bytes(quiet: bool) -> Self {
         Self::new(quiet, "{msg} {bar:24} {bytes}/{total_bytes}, {eta} left")
+    }
+
+    /// Shows for how long the piece of work in hand has been going on.
+    pub fn clock(quiet: bool) -> Self {
+        Self::new(quiet, "{spinner} {msg} {elapsed}")
     }
 
     fn new(quiet: bool, template: &str) -> Self {
@@ -38,6 +46,18 @@ impl Bar {
     /// Says what is being worked on.
     pub fn say(&self, what: &str) {
         self.0.set_message(what.to_owned());
+    }
+}
+
+impl Watch for Bar {
+    fn begins(&self, number: usize, step: Step, on: &str) {
+        self.0.reset_elapsed();
+        self.say(&format!("run {number}, {}, on: {on}", step.words()));
+    }
+
+    fn ended(&self, run: &Run, on: &str) {
+        let Run { number, step, outcome, reason, .. } = run;
+        self.0.println(clean(&format!("run {number}, {}, on: {on}: {} ({reason})", step.words(), outcome.word())));
     }
 }
 

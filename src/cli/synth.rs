@@ -20,6 +20,8 @@ pub fn run(args: &Synth, out: &mut Out) -> Result<Exit, Box<dyn Error>> {
         weights: args.weights,
         loss: args.loss,
         gradients: args.gradients,
+        contract: args.contract.clone(),
+        inner: args.inner,
         faults: args.faults.clone(),
         seed: args.seed,
         step: args.step,

@@ -23,6 +23,8 @@ pub struct Produced {
     pub description: String,
     /// Per microbatch.
     pub microbatches: Vec<BTreeMap<Stage, Values>>,
+    /// The cotangents of lse and of the label logits that entered its backward, per microbatch, [N] each.
+    pub cotangents: Vec<[Option<Vec<f64>>; 2]>,
     /// dK accumulated over the step.
     pub accumulated: Option<Values>,
     /// The contracts that it may have kept, strictest first, and how they are known.

@@ -4,6 +4,7 @@ use super::pattern::{self, pattern};
 use super::plots::plots;
 use super::truth::{RowsAre, Stage};
 use crate::report::model::{TensorReport, Verdict, Worst};
+use crate::report::text::times;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
@@ -77,7 +78,7 @@ pub fn compare(context: &Context, candidate: ArrayView2<f64>, reference: ArrayVi
     let reason = if nonfinite > 0 {
         Some(format!("{nonfinite} elements are not finite"))
     } else if ratio > ratio_limit {
-        Some(format!("{ratio:.1} times the floor, where honest rounding stays below {ratio_limit:.1}"))
+        Some(format!("{} the floor, where honest rounding stays below {}", times(ratio), times(ratio_limit)))
     } else if out_of_bound > 0 {
         Some(format!("{out_of_bound} elements are off by more than any honest rounding can make"))
     } else {

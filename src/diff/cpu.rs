@@ -31,6 +31,7 @@ pub(super) fn produce(kernel: &Kernel, view: &View) -> Result<Produced, DiffErro
     Ok(Produced {
         name: "cpu".into(),
         description: format!("the fused kernel {} of this machine, in float32", kernel.name()),
+        cotangents: vec![[None, None]; microbatches.len()],
         microbatches,
         accumulated: accumulated.map(|total| values(&total, Stage::AccumulatedDUnembedding, problem, truth)),
         contracts: vec![kernel.contract([problem.hidden().dtype(), problem.unembedding().dtype()], [DType::F32; 2])],

@@ -19,6 +19,7 @@ mod recorded;
 pub mod replay;
 pub mod sampling;
 pub mod step;
+mod substitute;
 pub mod synth;
 mod tiling;
 pub mod truth;
@@ -27,7 +28,7 @@ pub use error::DiffError;
 
 use crate::dump::{self, Dump, LoadedMicrobatch, MicrobatchGradients, Run};
 use crate::report::model::{
-    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, GradNorm, MicrobatchReport, Report,
+    AccumulatedReport, CandidateReport, ContractReport, Divergence, DumpSummary, Finding, GradNorm, MicrobatchReport, Report,
     SampleReport, TensorReport, Verdict,
 };
 use crate::report::plots::{Crossing, Presence};
@@ -263,6 +264,7 @@ impl View<'_> {
     fn judge(&self, run_id: &str, produced: &Produced) -> Result<CandidateReport, DiffError> {
         let mut chosen: Option<(CandidateReport, Tolerances)> = None;
         let mut at_the_strictest: Option<Vec<Stage>> = None;
+        let mut far_above = false;
         self.progress.begin(&format!("step {}: comparing {}", self.number, produced.name), produced.contracts.len() as u64);
         for contract in &produced.contracts {
             let (mut compared, tolerances) = self.compare(run_id, produced, contract, None)?;
@@ -283,8 +285,9 @@ impl View<'_> {
             let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
             let one_is_far_below = gradients.iter().any(far_below);
             if compared.verdict == Verdict::Agree && (strict.is_empty() || !one_is_far_below) {
-                return Ok(compared);
+                return Ok(if far_above { self.precisely_at_fault(run_id, produced)?.unwrap_or(compared) } else { compared });
             }
+            far_above |= chosen.is_none() && largest_ratio(&compared) > FAR_ABOVE;
             if one_is_far_below {
                 continue;
             }
@@ -292,19 +295,46 @@ impl View<'_> {
                 chosen = Some((compared, tolerances));
             }
         }
-        let (mut report, tolerances) = chosen.expect("every candidate has a contract");
-        let case = explain::Case {
+        let (report, tolerances) = chosen.expect("every candidate has a contract");
+        let findings = self.case(produced, &report, &tolerances).explain(self.progress);
+        Ok(self.explained(produced, report, &tolerances, findings))
+    }
+
+    /// A judgement with what is known of where its errors come from.
+    fn explained(
+        &self,
+        produced: &Produced,
+        mut report: CandidateReport,
+        tolerances: &Tolerances,
+        findings: Vec<Finding>,
+    ) -> CandidateReport {
+        let substitution = substitute::substitute(&self.case(produced, &report, tolerances));
+        if let Some(substitution) = &substitution {
+            report.first_divergence = substitute::first_divergence(substitution, report.first_divergence);
+        }
+        report.substitution = substitution;
+        report.crossing = self.crossing(produced, &report);
+        report.findings = findings;
+        report
+    }
+
+    /// The judgement under the strictest contract, if one fault explains precisely what a more generous one would allow.
+    fn precisely_at_fault(&self, run_id: &str, produced: &Produced) -> Result<Option<CandidateReport>, DiffError> {
+        let (report, tolerances) = self.compare(run_id, produced, &produced.contracts[0], None)?;
+        let finding = self.case(produced, &report, &tolerances).precise_fault(self.progress);
+        Ok(finding.map(|finding| self.explained(produced, report, &tolerances, vec![finding])))
+    }
+
+    fn case<'a>(&'a self, produced: &'a Produced, report: &'a CandidateReport, tolerances: &'a Tolerances) -> explain::Case<'a> {
+        explain::Case {
             step: self.step,
             judged: self.judged,
             truths: self.truths,
             produced,
-            tolerances: &tolerances,
+            tolerances,
             microbatches: &report.microbatches,
             accumulated: report.accumulated.as_ref().and_then(|a| a.tensors.first()),
-        };
-        report.findings = case.explain(self.progress);
-        report.crossing = self.crossing(produced, &report);
-        Ok(report)
+        }
     }
 
     /// The factors that g rounded to bfloat16 leaves in the gradients of each judged microbatch, if these look like that. It is
@@ -394,16 +424,16 @@ impl View<'_> {
             AccumulatedReport { tensors: vec![tensor], grad_norm }
         });
         let first_divergence = first_divergence(&microbatches, accumulated.as_ref());
-        let norm_diverges = accumulated.as_ref().and_then(|a| a.grad_norm).is_some_and(|g| g.verdict == Verdict::Diverge);
         let report = CandidateReport {
             candidate: produced.name.clone(),
             description: produced.description.clone(),
             run_id: run_id.into(),
             step: self.number,
-            verdict: if first_divergence.is_some() || norm_diverges { Verdict::Diverge } else { Verdict::Agree },
+            verdict: if first_divergence.is_some() { Verdict::Diverge } else { Verdict::Agree },
             contract: ContractReport {
                 source: produced.contract_source,
                 cotangent: factors.map(|_| Precision::Bf16.name()),
+                logits: contract.logits.name(),
                 dlogits: contract.dlogits.name(),
                 accumulate: contract.accumulate.name(),
                 d_hidden: contract.d_hidden.name(),
@@ -413,6 +443,7 @@ impl View<'_> {
             microbatches,
             accumulated,
             first_divergence,
+            substitution: None,
             findings: vec![],
             crossing: None,
             presence: self.presence.clone(),
@@ -468,6 +499,13 @@ fn presence(run: &Run, dumped: &dump::Step) -> Presence {
     Presence { processes: run.process_count, microbatches: dumped.num_microbatches, absent }
 }
 
+/// A ratio to the strictest contract's floor from which it is worth asking whether one fault makes it.
+const FAR_ABOVE: f64 = 15.0;
+
+fn largest_ratio(report: &CandidateReport) -> f64 {
+    report.microbatches.iter().flat_map(|m| &m.tensors).map(|t| t.ratio).fold(0.0, f64::max)
+}
+
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.
 const FAR_BELOW: f64 = 0.6;
 
@@ -489,10 +527,16 @@ fn first_divergence(microbatches: &[MicrobatchReport], accumulated: Option<&Accu
     let diverges = |t: &&TensorReport| t.verdict == Verdict::Diverge;
     let of_microbatches = Stage::OF_A_MICROBATCH.iter().find_map(|stage| {
         let here = |m: &&MicrobatchReport| m.tensors.iter().filter(diverges).any(|t| t.name == stage.name());
-        microbatches.iter().find(here).map(|m| Divergence { microbatch: Some(m.microbatch), stage: stage.name().into() })
+        microbatches.iter().find(here).map(|m| Divergence {
+            microbatch: Some(m.microbatch),
+            stage: stage.name().into(),
+            enters: None,
+        })
     });
     of_microbatches.or_else(|| {
-        let tensor = accumulated?.tensors.iter().find(diverges)?;
-        Some(Divergence { microbatch: None, stage: tensor.name.clone() })
+        let norm =
+            |a: &AccumulatedReport| a.grad_norm.filter(|norm| norm.verdict == Verdict::Diverge).map(|_| "grad_norm".into());
+        let stage = accumulated?.tensors.iter().find(diverges).map(|t| t.name.clone()).or_else(|| norm(accumulated?))?;
+        Some(Divergence { microbatch: None, stage, enters: None })
     })
 }

@@ -3,7 +3,7 @@
 use super::candidate::{Produced, Values};
 use super::compare::gathered;
 use super::truth::{RowsAre, Stage};
-use super::{DiffError, View};
+use super::{DiffError, View, substitute};
 use crate::dump::{ElementType, Folder, Recorded, Step};
 use fused_xent_kernels::contract::{Contract, LabelTerm, Precision};
 use fused_xent_kernels::problem::{Layout, Shape};
@@ -46,6 +46,7 @@ pub(super) fn produce(dumped: &Step, view: &View, given: Option<&Value>) -> Resu
                 format!("process {p}'s copies of the recorded gradients, which differ from the first")
             }),
             microbatches: vec![BTreeMap::new(); view.judged.len()],
+            cotangents: vec![[None, None]; view.judged.len()],
             accumulated: None,
             contracts: vec![],
             contract_source,
@@ -53,6 +54,14 @@ pub(super) fn produce(dumped: &Step, view: &View, given: Option<&Value>) -> Resu
         match place {
             Some(place) => drop(produced.microbatches[place].insert(stage, values)),
             None => produced.accumulated = Some(values),
+        }
+    }
+    if let Some(produced) = of_processes.get_mut(&None) {
+        for (&m, cotangents) in view.judged.iter().zip(&mut produced.cotangents) {
+            let folder = dumped.folder(view.step.microbatches[m].index)?;
+            for (name, values) in substitute::COTANGENTS.into_iter().zip(cotangents) {
+                *values = folder.load(name)?.map(|recorded| recorded.tensor.to_f64());
+            }
         }
     }
     let with_contracts = |mut produced: Produced| {

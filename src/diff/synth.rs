@@ -3,10 +3,10 @@
 use super::fault::Fault;
 use super::replay::{Counterfactual, Outcome, Wanted};
 use super::step::{Microbatch, Step};
-use super::truth::Stage;
+use super::truth::{RowsAre, Stage};
 use super::{DiffError, Progress};
 use crate::dump::{Elements, FolderId, FolderWriter, LossSettings, MicrobatchGradients, Placement};
-use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::contract::{LabelTerm, Precision};
 use fused_xent_kernels::problem::{Inputs, Layout, Problem, Shape};
 use fused_xent_kernels::reduction::Microbatches;
 use half::bf16;
@@ -15,6 +15,7 @@ use rand::distr::Distribution;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{StandardNormal, Zipf};
 use rand_pcg::Pcg64;
+use serde_json::Value;
 use std::ops::Range;
 use std::path::Path;
 
@@ -69,6 +70,12 @@ pub struct SynthOptions {
     pub loss: LossSettings,
     /// Precision of the recorded gradients.
     pub gradients: Precision,
+    /// The contract that the dump declares, as a manifest's `contract`, and that its gradients keep but for the faults; what it
+    /// does not say is float32, and `gradients` of the outputs.
+    pub contract: Option<Value>,
+    /// Whether the inner stages are recorded too, in float32: the cotangents of lse and of the label logits, as if the loss
+    /// were made of these outside of the kernel, and, without label smoothing, the parts of both gradients.
+    pub inner: bool,
     /// Faults that they carry.
     pub faults: Vec<Fault>,
     /// Everything random comes from it.
@@ -90,6 +97,8 @@ impl Default for SynthOptions {
             weights: false,
             loss: LossSettings::default(),
             gradients: Precision::Bf16,
+            contract: None,
+            inner: false,
             faults: vec![],
             seed: 0,
             step: 0,
@@ -102,11 +111,11 @@ impl SynthOptions {
     pub fn planting(mut self, fault: Fault) -> Self {
         let options = &mut self.loss.options;
         match fault {
-            Fault::ValidVocabIgnored => options.valid_vocab = Some(self.vocab - self.vocab / 25),
+            Fault::ValidVocabIgnored(_) => options.valid_vocab = Some(self.vocab - self.vocab / 25),
             Fault::SoftcapDerivativeMissing | Fault::SoftcapDerivativeMissingLabel => options.logit_softcap = Some(8.0),
             Fault::ZlossGradientMissing => options.z_loss = 1e-3,
             Fault::LabelSmoothingIgnored => options.label_smoothing = 0.1,
-            Fault::LogitScaleIgnored | Fault::LogitScaleIgnoredInLogits => options.logit_scale = 0.5,
+            Fault::LogitScaleIgnored(_) => options.logit_scale = 0.5,
             Fault::MeanOfMeans => self.loss.reduction.microbatches = Microbatches::Global,
             Fault::DqCotangentMissing { .. }
             | Fault::DkCotangentMissing { .. }
@@ -141,7 +150,45 @@ impl SynthOptions {
             let found = self.processes.to_string();
             return Err(DiffError::Option { option: "--processes", found, expected: "no more than tokens and vocab ids" });
         }
-        Ok(())
+        for (member, expected) in [
+            ("logits", "logits=f32 or logits=bf16"),
+            ("dlogits", "dlogits=f32 or dlogits=bf16"),
+            ("d_hidden", "d_hidden=f32 or d_hidden=bf16"),
+            ("d_unembedding", "d_unembedding=f32 or d_unembedding=bf16"),
+        ] {
+            if let Some(found) = self.promised(member).filter(|p| !["f32", "bf16"].contains(p)) {
+                return Err(DiffError::Option { option: "--contract", found: format!("{member}={found}"), expected });
+            }
+        }
+        match self.promised("accumulate") {
+            None | Some("f32") => Ok(()),
+            Some(found) => {
+                let expected = "accumulate=f32; plant dk-accumulate-bf16 or dq-accumulate-bf16 for other sums";
+                Err(DiffError::Option { option: "--contract", found: format!("accumulate={found}"), expected })
+            }
+        }
+    }
+
+    /// What the contract says of a member.
+    fn promised(&self, member: &str) -> Option<&str> {
+        self.contract.as_ref()?.get(member)?.as_str()
+    }
+
+    /// Precision of `d_hidden` or `d_unembedding`.
+    fn output(&self, gradient: &str) -> Precision {
+        match self.promised(gradient) {
+            Some("bf16") => Precision::Bf16,
+            Some(_) => Precision::F32,
+            None => self.gradients,
+        }
+    }
+
+    /// The roundings that the contract declares.
+    fn declared(&self) -> Vec<Fault> {
+        let rounded = |member| self.promised(member) == Some("bf16");
+        let logits = rounded("logits").then_some(Fault::LogitsBf16Both);
+        let dlogits = rounded("dlogits").then_some(Fault::DlogitsBf16 { label: LabelTerm::Joint });
+        logits.into_iter().chain(dlogits).collect()
     }
 }
 
@@ -244,22 +291,24 @@ pub fn synth(dir: &Path, options: &SynthOptions, progress: &dyn Progress) -> Res
     let made = Made::new(options);
     let step = made.step(options)?;
     progress.begin("making the dump", options.microbatches as u64);
-    let computation = built(&step, &options.faults)?;
+    let computation = built(&step, &options.declared(), &options.faults)?;
     let writer = Writer { dir, options, made: &made };
     let mut total: Option<Array2<f64>> = None;
     for m in 0..options.microbatches {
         let outcome = computation.replay(&step, m, Wanted::ALL);
         let own = outcome.stage(Stage::DUnembedding);
         computation.accumulate(&step, m, &own, total.get_or_insert_with(|| Array2::zeros(own.dim())));
-        writer.microbatch(m, &outcome)?;
+        let cotangents = options.inner.then(|| computation.recorded_cotangents(&step, m, &outcome.forward.lse));
+        writer.microbatch(m, &outcome, cotangents)?;
         progress.advance(1);
     }
     writer.shared(&total.unwrap_or_default())
 }
 
-/// The computation with every fault built in.
-fn built(step: &Step, faults: &[Fault]) -> Result<Counterfactual, DiffError> {
+/// The computation with the declared roundings and every fault built in.
+fn built(step: &Step, declared: &[Fault], faults: &[Fault]) -> Result<Counterfactual, DiffError> {
     let mut computation = Counterfactual::default();
+    declared.iter().for_each(|rounding| rounding.apply(&mut computation, step));
     for fault in faults {
         let before = computation;
         fault.apply(&mut computation, step);
@@ -287,6 +336,9 @@ fn changes_something(computation: &Counterfactual, step: &Step) -> bool {
     })
 }
 
+/// The parts of both gradients.
+const PARTS: [Stage; 4] = [Stage::DHiddenLse, Stage::DHiddenLabel, Stage::DUnembeddingLse, Stage::DUnembeddingLabel];
+
 struct Writer<'a> {
     dir: &'a Path,
     options: &'a SynthOptions,
@@ -306,7 +358,11 @@ impl Writer<'_> {
             process_count: options.processes,
             loss: options.loss,
         };
-        Ok(FolderWriter::create(self.dir, id)?)
+        let mut folder = FolderWriter::create(self.dir, id)?;
+        if let Some(contract) = &options.contract {
+            folder.contract(contract.clone())?;
+        }
+        Ok(folder)
     }
 
     /// The share of `of` rows that a process holds.
@@ -315,7 +371,7 @@ impl Writer<'_> {
         at(process)..at(process + 1)
     }
 
-    fn microbatch(&self, m: usize, outcome: &Outcome) -> Result<(), DiffError> {
+    fn microbatch(&self, m: usize, outcome: &Outcome, cotangents: Option<[Vec<f32>; 2]>) -> Result<(), DiffError> {
         let SynthOptions { tokens, hidden: d, processes, .. } = *self.options;
         let made = &self.made.microbatches[m];
         for process in 0..processes {
@@ -333,9 +389,21 @@ impl Writer<'_> {
                 let values: Vec<f32> = outcome.stage(stage).iter().map(|&x| x as f32).collect();
                 folder.tensor(stage.name(), Elements::F32(&values[rows.clone()]), &per_token)?;
             }
-            self.gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows)?;
             let ids = self.share(process, self.options.vocab);
-            self.gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids)?;
+            if let Some(cotangents) = &cotangents {
+                for (name, values) in ["d_lse", "d_label_logits"].into_iter().zip(cotangents) {
+                    folder.tensor(name, Elements::F32(&values[rows.clone()]), &per_token)?;
+                }
+                // A replay adds the smoothing's constant to P, whose part it is not.
+                let parts: &[Stage] = if self.options.loss.options.label_smoothing == 0.0 { &PARTS } else { &[] };
+                for &stage in parts {
+                    let rows = if stage.rows_are() == RowsAre::VocabIds { &ids } else { &rows };
+                    gradient(&mut folder, stage.name(), &outcome.stage(stage), rows.clone(), Precision::F32)?;
+                }
+            }
+            gradient(&mut folder, "d_hidden", &outcome.stage(Stage::DHidden), rows, self.options.output("d_hidden"))?;
+            let of_unembedding = self.options.output("d_unembedding");
+            gradient(&mut folder, "d_unembedding", &outcome.stage(Stage::DUnembedding), ids, of_unembedding)?;
             folder.commit()?;
         }
         Ok(())
@@ -348,24 +416,30 @@ impl Writer<'_> {
             let ids = self.share(process, vocab);
             let placement = Placement::shard(&[vocab, d], &[ids.start, 0], &[ids.len(), d]);
             folder.tensor("unembedding", Elements::Bf16(&self.made.unembedding[ids.start * d..ids.end * d]), &placement)?;
-            self.gradient(&mut folder, "d_unembedding", accumulated, ids)?;
+            gradient(&mut folder, "d_unembedding", accumulated, ids, self.options.output("d_unembedding"))?;
             folder.commit()?;
         }
         Ok(())
     }
+}
 
-    /// Rows `rows` of a gradient, in the precision asked for.
-    fn gradient(&self, folder: &mut FolderWriter, name: &str, values: &Array2<f64>, rows: Range<usize>) -> Result<(), DiffError> {
-        let (all, d) = values.dim();
-        let placement = Placement::shard(&[all, d], &[rows.start, 0], &[rows.len(), d]);
-        let values = values.slice(s![rows, ..]);
-        if self.options.gradients == Precision::Bf16 {
-            let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f64(Precision::Bf16.round(x))).collect();
-            folder.tensor(name, Elements::Bf16(&narrow), &placement)?;
-        } else {
-            let wide: Vec<f32> = values.iter().map(|&x| x as f32).collect();
-            folder.tensor(name, Elements::F32(&wide), &placement)?;
-        }
-        Ok(())
+/// Writes rows `rows` of a gradient, in bfloat16 or float32.
+fn gradient(
+    folder: &mut FolderWriter,
+    name: &str,
+    values: &Array2<f64>,
+    rows: Range<usize>,
+    precision: Precision,
+) -> Result<(), DiffError> {
+    let (all, d) = values.dim();
+    let placement = Placement::shard(&[all, d], &[rows.start, 0], &[rows.len(), d]);
+    let values = values.slice(s![rows, ..]);
+    if precision == Precision::Bf16 {
+        let narrow: Vec<bf16> = values.iter().map(|&x| bf16::from_f64(Precision::Bf16.round(x))).collect();
+        folder.tensor(name, Elements::Bf16(&narrow), &placement)?;
+    } else {
+        let wide: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+        folder.tensor(name, Elements::F32(&wide), &placement)?;
     }
+    Ok(())
 }

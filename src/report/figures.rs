@@ -255,8 +255,9 @@ pub(super) fn crossing(crossing: &Crossing, map: &CrossingMap, what: &str) -> St
         write!(cells[heat(f64::from(*ratio))], "M{x:.1} {y:.1}h{width:.1}v{height:.1}h-{width:.1}z")
             .expect("writing to a string");
     }
+    let of_whole_tiles = map.explained >= 0.5;
     for (level, cells) in cells.iter().enumerate() {
-        svg.path(&format!("h{level}"), cells);
+        svg.path(&format!("h{level}{}", if of_whole_tiles { "" } else { " faint" }), cells);
     }
     let bottom = HEIGHT - BELOW;
     for axis in [0, 1] {
@@ -274,9 +275,10 @@ pub(super) fn crossing(crossing: &Crossing, map: &CrossingMap, what: &str) -> St
     svg.text("", 0.0, HEIGHT - 3.0, &format!("token, {} a tile", crossing.tile[0]));
     let caption = format!(
         "by token tile and vocab tile of microbatch {}: each tile's part of the gradient, fitted to the error, over the floor; accounts \
-         for {} of the error",
+         for {} of the error{}",
         crossing.microbatch,
-        percent(map.explained.max(0.0))
+        percent(map.explained.max(0.0)),
+        if of_whole_tiles { "" } else { ", which is not made of whole tiles" }
     );
     figure("", what, &caption, &svg.finish())
 }
@@ -359,7 +361,7 @@ pub(super) fn bar(ratio: f64, limit: f64, agrees: bool) -> String {
     let limit = (limit.log10() * DECADE).clamp(0.0, BAR);
     let class = if agrees { "good" } else { "bad" };
     format!(
-        "<svg width=\"{BAR}\" height=\"14\"><path class=\"grid\" d=\"{grid}\"/><rect class=\"{class}\" x=\"0\" y=\"3\" width=\"{length:.1}\" \
+        "<svg width=\"{BAR}\" height=\"14\" viewBox=\"0 0 {BAR} 14\" preserveAspectRatio=\"none\"><path class=\"grid\" d=\"{grid}\"/><rect class=\"{class}\" x=\"0\" y=\"3\" width=\"{length:.1}\" \
          height=\"8\" rx=\"1.5\"/><path class=\"limit\" d=\"M{limit:.1} 0V14\"/></svg>"
     )
 }

@@ -1,10 +1,11 @@
 //! The report as one self-contained HTML file: no script, nothing fetched, light and dark by the reader's preference.
 
 use super::baseline::{self, Change, Comparison};
+use super::entry;
 use super::figures::{self, Tile};
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict, Worst};
 use super::summary::{self, Cell, Rung};
-use super::text::{scientific, value};
+use super::text::{list, percent, scientific, times, value};
 use std::fmt::Write;
 
 const HEAD: &str = concat!(
@@ -121,13 +122,14 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) -> st
     if let Some(observation) = summary::observation(candidate, &rungs) {
         writeln!(out, "<p>{}</p>", escape(&observation))?;
     }
+    entry(out, candidate)?;
     for finding in &candidate.findings {
         article(out, finding)?;
     }
     if !figures.is_empty() {
         writeln!(out, "<article><h3>Where it lies</h3><div class=\"figures\">\n{figures}</div></article>")?;
     }
-    worst_elements(out, &rungs)?;
+    worst_elements(out, candidate, &rungs)?;
     let command = escape(&summary::command(report, candidate));
     writeln!(out, "<article><h3>To reproduce</h3><pre><code>{command}</code></pre></article>\n</section>")
 }
@@ -232,10 +234,10 @@ fn at(cell: &Cell, before: &str) -> String {
 
 fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     let several = candidate.microbatches.len() > 1;
-    let microbatch = if several { "<th class=\"number\">worst (✗ of)</th>" } else { "" };
+    let microbatch = if several { "<th class=\"number roomy\">worst (✗ of)</th>" } else { "" };
     writeln!(
         out,
-        "<div class=\"scroll\"><table><thead><tr><th></th><th>stage</th><th class=\"number\">rel. L2</th><th class=\"number\">floor</th>\
+        "<div class=\"scroll\"><table><thead><tr><th></th><th>stage</th><th class=\"number roomy\">rel. L2</th><th class=\"number roomy\">floor</th>\
          <th class=\"number\">ratio</th>{microbatch}<th>{}</th></tr></thead><tbody>",
         figures::bar_axis(&summary::AXIS)
     )?;
@@ -249,10 +251,10 @@ fn ladder(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std:
             (Verdict::Diverge, true) => " class=\"after\"",
         };
         let at = cell.microbatch.map_or("step".to_owned(), |m| format!("mb {m} ({} of {})", rung.diverging(), rung.cells.len()));
-        let at = if several { format!("<td class=\"number\">{at}</td>") } else { String::new() };
+        let at = if several { format!("<td class=\"number roomy\">{at}</td>") } else { String::new() };
         writeln!(
             out,
-            "<tr{row}><td>{}</td><td class=\"stage\">{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td>{at}<td>{}</td></tr>",
+            "<tr{row}><td>{}</td><td class=\"stage\">{}</td><td class=\"number roomy\">{}</td><td class=\"number roomy\">{}</td><td class=\"number\">{}</td>{at}<td>{}</td></tr>",
             mark(rung.verdict()),
             escape(&rung.stage),
             optional(t.rel_l2),
@@ -281,10 +283,43 @@ fn bar(tensor: &TensorReport) -> String {
     figures::bar(tensor.ratio, tensor.ratio_limit, tensor.verdict == Verdict::Agree)
 }
 
+/// Where the error enters, in words and stage by stage.
+fn entry(out: &mut String, candidate: &CandidateReport) -> std::fmt::Result {
+    let Some(substitution) = &candidate.substitution else { return Ok(()) };
+    writeln!(out, "<article><h3>Where it enters</h3><dl>")?;
+    for (label, text) in entry::lines(candidate) {
+        writeln!(out, "<dt>{label}</dt><dd>{}</dd>", escape(&text))?;
+    }
+    writeln!(
+        out,
+        "</dl>\n<details><summary>Stage by stage: each computed again from the candidate’s own stages before it</summary>\
+         <div class=\"scroll\"><table><thead><tr><th>stage</th><th>microbatch</th><th class=\"number\">ratio</th>\
+         <th>computed from</th><th class=\"number\">inherited</th><th class=\"number\">enters</th><th></th></tr></thead><tbody>"
+    )?;
+    for rung in &substitution.rungs {
+        let inputs: Vec<String> =
+            rung.inputs.iter().map(|input| format!("{}{}", if input.diverges { "✗ " } else { "✓ " }, input.stage)).collect();
+        let at = rung.microbatch.map_or("step".to_owned(), |m| m.to_string());
+        let from = if inputs.is_empty() { "–".to_owned() } else { escape(&list(&inputs)) };
+        let (class, stage, ratio) = (if rung.enters { " class=\"first\"" } else { "" }, escape(&rung.stage), times(rung.ratio));
+        let inherited = if rung.inputs.is_empty() { "–".to_owned() } else { percent(rung.inherited) };
+        let bar = figures::bar(rung.entering_ratio, rung.entering_limit, !rung.enters);
+        writeln!(
+            out,
+            "<tr{class}><td class=\"stage\">{stage}</td><td>{at}</td><td class=\"number\">{ratio}</td><td>{from}</td>\
+             <td class=\"number\">{inherited}</td><td class=\"number\">{}</td><td>{bar}</td></tr>",
+            times(rung.entering_ratio)
+        )?;
+    }
+    writeln!(out, "</tbody></table></div></details></article>")
+}
+
 fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {
-    let tag = summary::confidence(finding.confidence);
-    let title = escape(&finding.title);
-    writeln!(out, "<article><h3>{}. {title} <span class=\"tag\">{tag}</span></h3><dl>", finding.rank)?;
+    let tag = match finding.cause.as_str() {
+        "unknown" => String::new(),
+        _ => format!(" <span class=\"tag\">{}</span>", summary::confidence(finding.confidence)),
+    };
+    writeln!(out, "<article><h3>{}. {}{tag}</h3><dl>", finding.rank, escape(&finding.title))?;
     writeln!(out, "<dt>cause</dt><dd><code>{}</code></dd>", escape(&finding.cause))?;
     for (label, text) in summary::details(finding) {
         writeln!(out, "<dt>{label}</dt><dd>{}</dd>", escape(&text))?;
@@ -292,22 +327,22 @@ fn article(out: &mut String, finding: &Finding) -> std::fmt::Result {
     writeln!(out, "</dl></article>")
 }
 
-fn worst_elements(out: &mut String, rungs: &[Rung]) -> std::fmt::Result {
+fn worst_elements(out: &mut String, candidate: &CandidateReport, rungs: &[Rung]) -> std::fmt::Result {
     writeln!(
         out,
         "<article><h3>Worst elements</h3><div class=\"scroll\"><table><thead><tr><th>stage</th><th>microbatch</th><th>place</th>\
          <th class=\"number\">candidate</th><th class=\"number\">reference</th><th class=\"number\">difference</th>\
          <th class=\"number\">factor</th></tr></thead><tbody>"
     )?;
-    let mut most = OF_THE_FIRST;
+    let first = candidate.first_divergence.as_ref().map(|first| first.stage.as_str());
     for rung in rungs.iter().filter(|rung| rung.verdict() == Verdict::Diverge) {
         let cell = rung.worst();
+        let most = if first == Some(rung.stage.as_str()) { OF_THE_FIRST } else { OF_OTHERS };
         let several = cell.tensor.plots.as_ref().map(|plots| plots.worst.as_slice()).filter(|_| cell.tensor.nonfinite == 0);
         let of_tensor = cell.tensor.worst.as_slice();
         for worst in several.filter(|several| !several.is_empty()).unwrap_or(of_tensor).iter().take(most) {
             writeln!(out, "{}", element(&rung.stage, &cell, worst))?;
         }
-        most = OF_OTHERS;
     }
     writeln!(out, "</tbody></table></div></article>")
 }

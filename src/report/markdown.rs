@@ -2,6 +2,7 @@
 //! folded.
 
 use super::baseline::{self, Comparison};
+use super::entry;
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict};
 use super::summary::{self, Rung};
 use super::text::{clean, percent, scientific, value};
@@ -83,6 +84,13 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport) {
     }
     *out += &format!("\n#### {} {title}\n\n", mark(candidate.verdict));
     ladder(out, candidate, &rungs);
+    let entry = entry::lines(candidate);
+    if !entry.is_empty() {
+        out.push('\n');
+    }
+    for (label, words) in &entry {
+        *out += &format!("- {label}: {}\n", text(words));
+    }
     for finding in &candidate.findings {
         self::finding(out, finding);
     }
@@ -127,8 +135,9 @@ fn finding(out: &mut String, finding: &Finding) {
         _ => format!(" ({})", summary::confidence(finding.confidence)),
     };
     *out += &format!("\n**{}. {}**: {}{sure}\n\n", finding.rank, text(&finding.title), code(&finding.cause));
-    let (open, folded): (Vec<_>, Vec<_>) =
-        summary::details(finding).into_iter().partition(|(label, _)| ["parameters", "remedy", "or equally"].contains(label));
+    let (open, folded): (Vec<_>, Vec<_>) = summary::details(finding)
+        .into_iter()
+        .partition(|(label, _)| ["parameters", "remedy", "or equally", "tell apart"].contains(label));
     for (label, words) in open {
         *out += &format!("- {label}: {}\n", text(&words));
     }

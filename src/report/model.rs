@@ -4,6 +4,7 @@
 
 use super::baseline::Comparison;
 use super::plots::{Crossing, Plots, Presence};
+use super::substitution::Substitution;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -73,6 +74,9 @@ pub struct CandidateReport {
     pub accumulated: Option<AccumulatedReport>,
     /// Where the ladder of stages first breaks.
     pub first_divergence: Option<Divergence>,
+    /// Where the error enters, by the substitution of stages; `None` if nothing diverges that can be looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub substitution: Option<Substitution>,
     /// What explains the divergence, best first.
     pub findings: Vec<Finding>,
     /// Where in the logits it comes from, drawn on the page.
@@ -100,6 +104,8 @@ pub struct ContractReport {
     /// Precision of g, if it was taken to be rounded to 16 bits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cotangent: Option<&'static str>,
+    /// Precision of the logits.
+    pub logits: &'static str,
     /// Precision of dlogits in the gradient products.
     pub dlogits: &'static str,
     /// Precision of the sums.
@@ -276,13 +282,16 @@ pub struct BadInput {
     pub value: String,
 }
 
-/// The first rung of the ladder that breaks.
+/// The first stage that diverges and does not have its error from a recorded stage before it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Divergence {
     /// `None` for what is accumulated over the step.
     pub microbatch: Option<usize>,
     /// The stage.
     pub stage: String,
+    /// The recorded cotangent by which the error enters, if it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enters: Option<String>,
 }
 
 /// How sure a finding is.
@@ -324,6 +333,9 @@ pub struct Finding {
     /// Causes that this dump cannot tell from this one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub indistinguishable_from: Vec<String>,
+    /// What to capture to tell it from those.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tell_apart: Vec<String>,
 }
 
 /// The second best explanation.

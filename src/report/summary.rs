@@ -1,8 +1,8 @@
 //! What every renderer says alike: the verdict in a sentence, the ladder of stages, the words for a pattern.
 
-use super::model::{CandidateReport, Confidence, Finding, GradNorm, Report, TensorReport, Verdict};
-use super::pattern;
+use super::model::{CandidateReport, Confidence, ContractReport, Finding, GradNorm, Report, TensorReport, Verdict};
 use super::text::{count, list, percent, scientific, times, value};
+use super::{entry, pattern};
 
 /// The stages within a microbatch, in the order in which an error runs through them.
 const STAGES: [&str; 9] = [
@@ -36,7 +36,7 @@ pub(super) struct Rung<'a> {
     pub stage: String,
     /// At least one, in the order of the report.
     pub cells: Vec<Cell<'a>>,
-    /// Diverges after the first stage that does: most likely a consequence of it.
+    /// Diverges, but has its error from a stage before it; where that is not known, because it comes after the first.
     pub consequence: bool,
 }
 
@@ -86,9 +86,12 @@ pub(super) fn ladder<'a>(candidate: &'a CandidateReport) -> Vec<Rung<'a>> {
         rungs.push(Rung { stage: format!("accumulated_{name}"), cells, consequence: false });
     }
     let first = candidate.first_divergence.as_ref().and_then(|first| rungs.iter().position(|rung| rung.stage == first.stage));
+    let entries = candidate.substitution.iter().flat_map(|substitution| &substitution.rungs);
     if let Some(first) = first {
-        for rung in &mut rungs[first + 1..] {
-            rung.consequence = rung.verdict() == Verdict::Diverge;
+        for (place, rung) in rungs.iter_mut().enumerate().filter(|(place, _)| *place != first) {
+            let mut of_stage = entries.clone().filter(|entry| entry.stage == rung.stage).map(|entry| entry.enters).peekable();
+            let inherits = if of_stage.peek().is_some() { of_stage.all(|enters| !enters) } else { place > first };
+            rung.consequence = inherits && rung.verdict() == Verdict::Diverge;
         }
     }
     rungs
@@ -201,7 +204,9 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
             if let Some(of) = cell.tensor.sampled_from {
                 place += &format!(", in {} of {of} rows", cell.tensor.shape[0]);
             }
-            format!("{} diverges at {stage} ({place}): {}", candidate.candidate, distance(cell.tensor))
+            let by = candidate.first_divergence.as_ref().and_then(|first| first.enters.as_ref());
+            let by = by.map_or(String::new(), |by| format!(", by way of {by}"));
+            format!("{} diverges at {stage}{by} ({place}): {}", candidate.candidate, distance(cell.tensor))
         }
         None => match grad_norm(candidate).filter(|norm| norm.verdict == Verdict::Diverge) {
             Some(norm) => format!("{} diverges at {GRAD_NORM} ({place}): {}", candidate.candidate, norm_distance(&norm)),
@@ -209,7 +214,10 @@ fn divergence(candidate: &CandidateReport, report: &Report) -> String {
         },
     };
     if let Some(best) = candidate.findings.first() {
-        sentence += &format!("; {}", cause(best));
+        sentence += &match entry::seen(candidate).filter(|_| best.cause == "unknown") {
+            Some(seen) => format!("; cause unknown. {seen}"),
+            None => format!("; {}", cause(best)),
+        };
         let more = candidate.findings.len() - 1;
         if more > 0 {
             sentence += &format!(", and {}", count(more, "further finding"));
@@ -268,8 +276,22 @@ pub(super) fn command(report: &Report, candidate: &CandidateReport) -> String {
     let path = &report.dump.path;
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
     let quoted = if path.chars().all(plain) { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
-    let sample = candidate.sample.map_or(String::new(), |s| format!(" --sample {}", s.token_rows.max(s.vocab_rows)));
-    format!("xent-diff {quoted} --step {} --candidate {}{sample}", candidate.step, candidate.candidate)
+    let mut command = format!("xent-diff {quoted} --step {} --candidate {}", candidate.step, candidate.candidate);
+    if let [only] = &candidate.microbatches[..]
+        && candidate.presence.microbatches > 1
+    {
+        command += &format!(" --microbatch {}", only.microbatch);
+    }
+    if let Some(sample) = candidate.sample {
+        command += &format!(" --sample {}", sample.token_rows.max(sample.vocab_rows));
+    }
+    if candidate.contract.source == "given" {
+        let ContractReport { logits, dlogits, accumulate, d_hidden, d_unembedding, .. } = candidate.contract;
+        command += &format!(
+            " --contract logits={logits},dlogits={dlogits},accumulate={accumulate},d_hidden={d_hidden},d_unembedding={d_unembedding}"
+        );
+    }
+    command
 }
 
 /// How many of several dumps diverge.
@@ -315,8 +337,9 @@ pub(super) fn title(report: &Report, candidate: &CandidateReport) -> String {
 pub(super) fn computed(candidate: &CandidateReport) -> String {
     let c = &candidate.contract;
     let cotangent = c.cotangent.map_or(String::new(), |precision| format!("g {precision}, "));
+    let logits = if c.logits == c.accumulate { String::new() } else { format!("logits {}, ", c.logits) };
     format!(
-        "{}; held to the {} contract: {cotangent}dlogits {}, sums {}, dQ {}, dK {}",
+        "{}; held to the {} contract: {cotangent}{logits}dlogits {}, sums {}, dQ {}, dK {}",
         candidate.description, c.source, c.dlogits, c.accumulate, c.d_hidden, c.d_unembedding
     )
 }
@@ -360,6 +383,10 @@ pub(super) fn details(finding: &Finding) -> Vec<(&'static str, String)> {
         ("remedy", finding.remedy.clone()),
         ("next best", next),
         ("or equally", list(&finding.indistinguishable_from)),
+        (
+            "tell apart",
+            if finding.tell_apart.is_empty() { String::new() } else { format!("capture {}", finding.tell_apart.join("; and ")) },
+        ),
     ];
     details.retain(|(_, text)| !text.is_empty());
     details

@@ -1,6 +1,7 @@
 //! The report for people, on a terminal.
 
 use super::baseline::{self, Comparison};
+use super::entry;
 use super::model::{CandidateReport, Finding, Report, TensorReport, Verdict};
 use super::summary::{self, Rung};
 use super::text::{Paint, clean, columns, pad, scientific, value, wrap};
@@ -97,6 +98,11 @@ fn section(out: &mut String, report: &Report, candidate: &CandidateReport, style
     if let Some(observation) = summary::observation(candidate, &rungs) {
         out.push('\n');
         style.entry(out, "observed", &observation);
+    }
+    let mut last = "";
+    for (label, text) in entry::lines(candidate) {
+        style.entry(out, if label == last { "" } else { label }, &text);
+        last = label;
     }
     worst_elements(out, &rungs, style);
     for finding in &candidate.findings {

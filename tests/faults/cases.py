@@ -141,11 +141,15 @@ for i in range(RANDOM):
 fault("label-logit-bf16", kernel=precision.LabelLogitBf16, record=SCALARS + GRADIENTS, regime="trained")
 fault("label-logit-bf16", "products", kernel=precision.LabelLogitProductsBf16, record=SCALARS + GRADIENTS, regime="large")
 fault("label-logit-bf16", "once", kernel=precision.LabelLogitOnceBf16, record=("loss",) + GRADIENTS, regime="trained")
+fault("label-logit-bf16", "running-sum", kernel=precision.LabelLogitRunningSumBf16, record=SCALARS + GRADIENTS, regime="unit",
+      parameters=({"rounded": ["running-sum"]},))
 fault("loss-subtract-bf16", kernel=precision.LossSubtractBf16, record=SCALARS + GRADIENTS, regime="offset")
 fault("loss-subtract-bf16", "loss-alone", kernel=precision.LossSubtractBf16, record=("loss",) + GRADIENTS, regime="trained")
 fault("lse-bf16", kernel=precision.LseBf16, record=SCALARS + GRADIENTS)
 fault("lse-bf16", "gradients-alone", kernel=precision.LseBf16, output=BF16, regime="large")
 fault("lse-bf16", "recorded", kernel=precision.LseBf16Recorded, record=SCALARS + GRADIENTS, regime="trained")
+fault("lse-bf16", "loss-too", kernel=precision.LseBf16Everywhere, record=SCALARS + GRADIENTS, regime="large",
+      parameters=({"seen_by": ["loss"]},))
 fault("label-scatter-bf16", kernel=precision.ScatterBf16, regime="trained",
       parameters=({"hits_rounded": [True], "onto": ["zeros, then the lse part in f32"]},))
 fault("label-scatter-bf16", "onto-lse-part", kernel=precision.ScatterBf16Onto, output=BF16, tokens=(300,), masked=0,
@@ -169,20 +173,26 @@ fault("dk-accumulate-bf16", "parts", kernel=precision.dk_in_chunks(15, True), to
       parameters=({"chunks": [8], "parts_rounded": [True]},))
 fault("dk-accumulate-bf16", "ragged", kernel=precision.dk_in_chunks(16, True), tokens=(120, 120), output=BF16,
       parameters=({"chunks": [8], "parts_rounded": [True]}, {"width": [16], "parts_rounded": [True]}))
+fault("dk-accumulate-bf16", "unequal-microbatches", kernel=precision.dk_in_chunks(16, True), tokens=(128, 96), output=BF16,
+      parameters=({"width": [16], "parts_rounded": [True]},))
 fault("dk-accumulate-bf16", "microbatches", trainers=(precision.DkOverMicrobatches,), tokens=(40,) * 8,
       parameters=({"over": ["microbatches"]},))
 fault("dk-accumulate-bf16", "microbatches-parts", trainers=(precision.DkOverMicrobatchesParts,), tokens=(40,) * 8, output=BF16,
       parameters=({"over": ["microbatches"]},))
 fault("dk-accumulate-bf16", "processes", trainers=(parallel.dk_reduced_in_bf16(8),), processes=8, tokens=(240,), output=BF16,
       parameters=({"chunks": [8], "parts_rounded": [True]},))
+fault("dk-accumulate-bf16", "three-processes", trainers=(parallel.dk_reduced_in_bf16(3),), processes=3, tokens=(240,),
+      parameters=({"chunks": [3], "parts_rounded": [True]},))
 fault("dq-accumulate-bf16", "equal", kernel=precision.dq_in_tiles(32, False), vocab=384, output=BF16,
       parameters=({"tiles": [12], "parts_rounded": [False]}, {"width": [32], "parts_rounded": [False]}))
 fault("dq-accumulate-bf16", "ragged", kernel=precision.dq_in_tiles(16, True), vocab=360, output=BF16,
       parameters=({"tiles": [23], "parts_rounded": [True]}, {"width": [16], "parts_rounded": [True]}))
 fault("prob-minus-one-bf16", kernel=precision.ProbMinusOneBf16, regime="trained", contract={"dlogits": "f32"})
 fault("gradient-filter", kernel=precision.gradient_filter(2**-8, 16, 16), regime="large", tokens=(128,), vocab=384,
-      parameters=({"tile": [16]},))
+      parameters=({"token_tile": [16], "vocab_tile": [16], "masked": ["count"]},))
 fault("gradient-filter", "oblong", kernel=precision.gradient_filter(2**-6, 16, 32), regime="large", tokens=(128,), vocab=384)
+fault("gradient-filter", "odd-threshold", kernel=precision.gradient_filter(0.0137, 16, 32), regime="large", tokens=(192, 128),
+      vocab=384, masked=0, parameters=({"token_tile": [16], "vocab_tile": [32]},))
 fault("approximate-exp-log", "exp", kernel=precision.ApproximateExp, record=SCALARS + GRADIENTS)
 fault("approximate-exp-log", "log", kernel=precision.ApproximateLog, record=SCALARS + GRADIENTS)
 
@@ -196,6 +206,9 @@ fault("vocab-tail-dropped", "bf16", kernel=indices.vocab_tail_dropped(100), outp
       parameters=({"tile": same_tail(360, 100)},))
 fault("token-tail-dropped", kernel=indices.token_tail_dropped(64), tokens=(120, 96),
       parameters=({"tile": [64]},))
+fault("token-tail-dropped", "unequal-microbatches", kernel=indices.token_tail_dropped(64), tokens=(120, 200),
+      parameters=({"tile": [64]},))
+fault("token-tail-dropped", "odd", kernel=indices.token_tail_dropped(50), tokens=(120, 96), parameters=({"tile": [50]},))
 fault("token-tail-dropped", "one-microbatch", kernel=indices.token_tail_dropped(48), tokens=(120,),
       parameters=({"tile": same_tail(120, 48)},))
 fault("lse-tile-missing", kernel=indices.lse_tile_missing(64, -1), record=SCALARS + GRADIENTS,
@@ -251,15 +264,25 @@ fault("logit-scale-ignored", "stale-lse", trainers=(scale.LogitScaleIgnoredStale
 
 fault("dq-not-reduced", trainers=(parallel.one_shards_dq(4, 1),), parameters=({"shards": [4], "shard": [1]},))
 fault("dq-not-reduced", "three", trainers=(parallel.one_shards_dq(3, 1),), parameters=({"shards": [3], "shard": [1]},))
+fault("dq-not-reduced", "seven", trainers=(parallel.one_shards_dq(7, 4),), output=BF16,
+      parameters=({"shards": [7], "shard": [4], "split": ["even"]},))
+fault("dq-not-reduced", "twelve", trainers=(parallel.one_shards_dq(12, 11),), parameters=({"shards": [12], "shard": [11]},))
 fault("dq-not-reduced", "copies", trainers=(parallel.one_shards_dq(2, 0), parallel.one_shards_dq(2, 1)), processes=2,
       split="vocab", parameters=({"shards": [2]},))
 fault("dk-not-reduced", trainers=(parallel.one_processes_dk(4, 2),), tokens=(96, 96), parameters=({"shards": [4], "shard": [2]},))
 fault("dk-not-reduced", "unequal", trainers=(parallel.one_processes_dk(4, 2),), parameters=({"shards": [4], "shard": [2]},))
+fault("dk-not-reduced", "five", trainers=(parallel.one_processes_dk(5, 0),), tokens=(97, 96), output=BF16,
+      parameters=({"shards": [5], "shard": [0], "split": ["even"]},))
 fault("dk-not-reduced", "copies", trainers=(parallel.one_processes_dk(2, 0), parallel.one_processes_dk(2, 1)), processes=2,
       tokens=(96, 96), parameters=({"shards": [2]},))
 fault("local-lse", trainers=(parallel.local_lse(4),), parameters=({"shards": [4]},))
 fault("local-lse", "two", trainers=(parallel.local_lse(2),), processes=2, split="vocab", output=BF16, record=("loss",) + GRADIENTS,
       parameters=({"shards": [2]},))
+fault("local-lse", "three", trainers=(parallel.local_lse(3),), output=BF16, parameters=({"shards": [3]},))
+fault("local-lse", "seven", trainers=(parallel.local_lse(7),), regime="trained", parameters=({"shards": [7], "split": ["even"]},))
+fault("label-per-shard", "three", trainers=(parallel.label_per_shard(3, True),), parameters=({"shards": [3], "of": ["both"]},))
+fault("label-per-shard", "dk-alone", trainers=(parallel.label_per_shard(6, True, False),), output=BF16,
+      parameters=({"shards": [6], "of": ["dk"]},))
 fault("label-per-shard", "both", trainers=(parallel.label_per_shard(2, True),), processes=2, split="vocab",
       parameters=({"shards": [2]},))
 fault("label-per-shard", "dq-alone", trainers=(parallel.label_per_shard(4, False),), parameters=({"shards": [4]},))

@@ -22,28 +22,6 @@ struct Case {
     alike: BTreeMap<String, String>,
 }
 
-/// Cases that the diff does not get right yet, and why.
-const KNOWN_WRONG: &[(&str, &str)] = &[
-    ("label-logit-bf16", "a label logit summed in bf16 term by term is not replayed"),
-    ("label-logit-bf16-once", "nor one whose float32 sum is rounded to bf16"),
-    ("lse-bf16", "no more than bf16 dlogits would lose, which nothing excludes: it passes for an honest kernel"),
-    ("lse-bf16-recorded", "the fault is held not to touch the recorded lse, which then stays unexplained"),
-    ("dlogits-bf16-joint", "rounding after the label's term has been taken off is not replayed"),
-    ("dlogits-bf16-apart", "float32 probabilities round the other way than float64 ones in places: above the floor of float32"),
-    ("prob-minus-one-bf16", "likewise: a second, unknown, cause is found"),
-    ("dk-accumulate-bf16-microbatches", "over microbatches, only parts that are rounded before they are added are tried"),
-    ("gradient-filter", "the nearest filter comes to 92 % of it"),
-    ("approximate-exp-log-exp", "an exp of a cubic polynomial is not tried"),
-    ("vocab-tail-dropped-bf16", "tiles are multiples of 8, though the zero rows say where the tail begins"),
-    ("label-off-by-one-left", "only the next column is tried"),
-    ("valid-vocab-ignored-backward", "tried in both passes together only, with an lse over all columns"),
-    ("logit-scale-ignored-as-if-one", "unscaled logits with an lse of their own are not tried"),
-    ("dq-not-reduced-three", "numbers of shards are powers of two"),
-    ("dk-not-reduced-unequal", "the part of the first microbatch's tokens is tried for all of them"),
-    ("label-per-shard-dq-alone", "tried for dQ and dK together only"),
-    ("pair-tail-and-cotangent", "the factor is fitted while dK lacks a tail, and not again once the tail is found"),
-];
-
 /// A factor that is no whole number is fitted to rounded values.
 const SAME_NUMBER: f64 = 1e-3;
 
@@ -117,20 +95,12 @@ fn faults_that_numpy_computed_are_named() {
 
     let mut failures = Vec::new();
     for case in &cases {
-        let result = check(case, &judge_recorded(&folder.path().join(&case.name)));
-        let known = KNOWN_WRONG.iter().any(|(name, _)| *name == case.name);
-        match (result, known) {
-            (Err(found), false) => failures.push(format!("{}: {found}", case.name)),
-            (Ok(()), true) => {
-                failures.push(format!("{}: right now: take it off the list of what is known to be wrong", case.name))
-            }
-            _ => {}
+        if let Err(found) = check(case, &judge_recorded(&folder.path().join(&case.name))) {
+            failures.push(format!("{}: {found}", case.name));
         }
     }
     let named: BTreeSet<&str> = cases.iter().flat_map(|c| &c.causes).map(String::as_str).collect();
     let missing: Vec<&str> = CATALOGUE.iter().map(|entry| entry.slug).filter(|slug| !named.contains(slug)).collect();
     assert!(missing.is_empty(), "faults without a case: {missing:?}");
-    let unheard: Vec<_> = KNOWN_WRONG.iter().filter(|(name, _)| !cases.iter().any(|c| c.name == *name)).collect();
-    assert!(unheard.is_empty(), "no such cases: {unheard:?}");
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }

@@ -54,7 +54,7 @@ def local_lse(shards):
     return Local
 
 
-def label_per_shard(shards, dk_too):
+def label_per_shard(shards, dk_too, dq_too=True):
     """Every process adds the label's gradient, taken from an all-gathered K, before the sum over processes."""
 
     class PerShard(VocabParallel):
@@ -63,7 +63,8 @@ def label_per_shard(shards, dk_too):
         def gradients(self, m, g, lse):
             dq, dk = super().gradients(m, g, lse)
             here, rows, factor = self.kernel.label_factor(m["hidden"], m["targets"], g)
-            dq[here] += F32(shards - 1) * factor[:, None] * self.k[rows]
+            if dq_too:
+                dq[here] += F32(shards - 1) * factor[:, None] * self.k[rows]
             if dk_too:
                 np.add.at(dk, rows, F32(shards - 1) * factor[:, None] * m["hidden"][here])
             return dq, dk

@@ -34,6 +34,18 @@ class LabelLogitOnceBf16(Kernel):
         return lse, bf16(label), mean
 
 
+class LabelLogitRunningSumBf16(Kernel):
+    """The label logit by fused multiply-add: exact products, a running sum in bfloat16."""
+
+    def forward(self, q, targets):
+        lse, _, mean = super().forward(q, targets)
+        products = q * self.k[np.clip(targets, 0, None)]
+        label = np.zeros(len(q), F32)
+        for d in range(q.shape[1]):
+            label = bf16(label + products[:, d])
+        return lse, label, mean
+
+
 class LossSubtractBf16(Kernel):
     def losses(self, lse, label, mean):
         return (lse.astype(BF16) - label.astype(BF16)).astype(F32)
@@ -54,6 +66,14 @@ class LseBf16Recorded(Kernel):
 
     def losses(self, lse, label, mean):
         return super().losses(self.exact_lse, label, mean)
+
+
+class LseBf16Everywhere(Kernel):
+    """lse is rounded as soon as it is there: the loss is formed from it, too."""
+
+    def forward(self, q, targets):
+        lse, label, mean = super().forward(q, targets)
+        return bf16(lse), label, mean
 
 
 class ScatterBf16(Apart):

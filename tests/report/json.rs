@@ -23,6 +23,16 @@ fn one_dump() {
     assert_eq!((&finding["cause"], &finding["confidence"]), (&json!("label-scatter-bf16"), &json!("certain")));
     assert_eq!(finding["parameters"], json!({ "chunks": 16, "order": "token" }));
     assert_eq!(candidate["accumulated"]["grad_norm"]["candidate"], 1.203);
+    let rungs = &candidate["substitution"]["rungs"];
+    assert_eq!(rungs[0]["stage"], "d_unembedding_label");
+    assert_eq!((&rungs[0]["enters"], &rungs[0]["record"]), (&json!(true), &json!(["d_label_logits"])));
+    let inputs = json!([{ "stage": "lse", "diverges": false }, { "stage": "d_unembedding_label", "diverges": true }]);
+    assert_eq!((&rungs[1]["enters"], &rungs[1]["inputs"]), (&json!(false), &inputs));
+    assert!(["record", "along", "rows", "rounded_inputs"].iter().all(|absent| rungs[1].get(absent).is_none()));
+    let repair =
+        json!({ "repaired": "d_unembedding_label", "microbatch": 0, "stage": "d_unembedding", "before": 2.65, "after": 1.01 });
+    assert_eq!(candidate["substitution"]["repairs"][0], repair);
+    assert!(serde_json::to_value(samples::agreeing()).unwrap()["candidates"][0].get("substitution").is_none());
     let first: Vec<&String> = report.as_object().unwrap().keys().take(4).collect();
     assert_eq!(first, ["schema", "verdict", "dump", "candidates"]);
 }
@@ -47,4 +57,5 @@ fn what_is_not_finite_is_null() {
     assert_eq!(tensors[3]["ratio"], Value::Null);
     assert_eq!(tensors[4]["worst"]["candidate"], Value::Null);
     assert_eq!(report["candidates"][0]["findings"][0]["explained"], Value::Null);
+    assert_eq!(report["candidates"][0]["findings"][0]["tell_apart"], json!(["the parts of dK, in float32"]));
 }

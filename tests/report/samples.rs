@@ -2,6 +2,7 @@
 
 use fused_xent::report::model::*;
 use fused_xent::report::plots::*;
+use fused_xent::report::substitution::*;
 use serde_json::json;
 
 /// N and D of every microbatch here; V is 1000.
@@ -64,6 +65,7 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
         contract: ContractReport {
             source: "declared",
             cotangent: None,
+            logits: "f32",
             dlogits: "f32",
             accumulate: "f32",
             d_hidden: "bf16",
@@ -73,6 +75,7 @@ pub fn candidate(name: &str, microbatches: Vec<MicrobatchReport>) -> CandidateRe
         microbatches,
         accumulated: None,
         first_divergence: None,
+        substitution: None,
         findings: Vec::new(),
         crossing: None,
         presence: Default::default(),
@@ -104,6 +107,28 @@ pub fn agreeing() -> Report {
     report(vec![cpu])
 }
 
+/// A stage that has all its error, 2.65 times the floor, from what comes before it.
+pub fn rung(microbatch: Option<usize>, stage: &str) -> Substituted {
+    Substituted {
+        microbatch,
+        stage: stage.to_owned(),
+        ratio: 2.65,
+        inputs: Vec::new(),
+        inherited: 0.99996,
+        entering_ratio: 1.01,
+        entering_limit: 1.5,
+        enters: false,
+        rounded_inputs: false,
+        record: Vec::new(),
+        rows: None,
+        along: None,
+    }
+}
+
+pub fn input(stage: &str, diverges: bool) -> StageInput {
+    StageInput { stage: stage.to_owned(), diverges }
+}
+
 /// A fault in the label gradients, seen in dK, its accumulation and its norm.
 fn scattered() -> CandidateReport {
     let mut tensors = healthy_tensors();
@@ -123,7 +148,25 @@ fn scattered() -> CandidateReport {
         tensors: vec![tensor("accumulated_d_unembedding", 4.5e-3, 1.7e-3)],
         grad_norm: Some(GradNorm { candidate: 1.203, reference: 1.001, tolerance: 2e-3, verdict: Verdict::Diverge }),
     });
-    recorded.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_unembedding_label".to_owned() });
+    recorded.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_unembedding_label".to_owned(), enters: None });
+    let [mut label, mut dk, mut over_step] =
+        ["d_unembedding_label", "d_unembedding", "accumulated_d_unembedding"].map(|stage| rung(Some(0), stage));
+    (label.ratio, label.entering_ratio, label.enters) = (22050.0, 22050.0, true);
+    label.record = vec!["d_label_logits".to_owned()];
+    dk.inputs = vec![input("lse", false), input("d_unembedding_label", true)];
+    over_step.inputs = vec![input("d_unembedding", true)];
+    over_step.microbatch = None;
+    let repair = |repaired: &str, stage: &str| Repair {
+        repaired: repaired.to_owned(),
+        microbatch: Some(0),
+        stage: stage.to_owned(),
+        before: 2.65,
+        after: 1.01,
+    };
+    recorded.substitution = Some(Substitution {
+        rungs: vec![label, dk, over_step],
+        repairs: vec![repair("d_unembedding_label", "d_unembedding"), repair("d_unembedding_label", "accumulated_d_unembedding")],
+    });
     recorded.findings = vec![Finding {
         rank: 1,
         cause: "label-scatter-bf16".to_owned(),
@@ -136,6 +179,7 @@ fn scattered() -> CandidateReport {
         remedy: "add the label part in float32 inside the kernel, or scatter into a float32 buffer and round once".to_owned(),
         runner_up: Some(RunnerUp { cause: "dk-parts-rounded".to_owned(), explained: 0.41 }),
         indistinguishable_from: Vec::new(),
+        tell_apart: Vec::new(),
     }];
     recorded
 }
@@ -156,7 +200,20 @@ pub fn unknown() -> Report {
     tensors[3] = tensor("d_hidden", 0.31, 1.65e-3);
     tensors[3].pattern = Some(Pattern { kind: "rows".to_owned(), share: 0.98, first_bad: Some(384), ..Pattern::default() });
     let mut recorded = candidate("recorded", vec![microbatch(0, tensors)]);
-    recorded.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_hidden".to_owned() });
+    recorded.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_hidden".to_owned(), enters: None });
+    let part = |share, share_of_one, factors| AlongPart { share, share_of_one, factors };
+    let mut rung = rung(Some(0), "d_hidden");
+    (rung.ratio, rung.entering_ratio, rung.enters, rung.inherited) = (187.9, 187.9, true, 0.0);
+    rung.inputs = vec![input("lse", false)];
+    rung.record = ["d_lse", "d_hidden_lse", "d_hidden_label"].map(str::to_owned).to_vec();
+    rung.along = Some(Along {
+        lse: part(0.991, 0.2, [0.82, 1.31]),
+        label: part(0.4, 0.1, [0.7, 1.2]),
+        gradient: part(0.3, 0.1, [-3.0, 4.0]),
+        both: 0.992,
+        as_in_d_hidden: None,
+    });
+    recorded.substitution = Some(Substitution { rungs: vec![rung], repairs: Vec::new() });
     recorded.findings = vec![Finding {
         rank: 1,
         cause: "unknown".to_owned(),
@@ -169,6 +226,7 @@ pub fn unknown() -> Report {
         remedy: "look at what the kernel does with the last tokens".to_owned(),
         runner_up: Some(RunnerUp { cause: "token-tail-dropped".to_owned(), explained: 0.33 }),
         indistinguishable_from: Vec::new(),
+        tell_apart: Vec::new(),
     }];
     report(vec![recorded])
 }
@@ -187,7 +245,7 @@ pub fn nonfinite() -> Report {
     tensors[3].verdict = Verdict::Diverge;
     tensors[3].max_abs = 2.5e-4;
     let mut cpu = candidate("cpu", vec![microbatch(0, tensors)]);
-    cpu.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_hidden".to_owned() });
+    cpu.first_divergence = Some(Divergence { microbatch: Some(0), stage: "d_hidden".to_owned(), enters: None });
     cpu.findings = vec![Finding {
         rank: 1,
         cause: "nonfinite".to_owned(),
@@ -200,6 +258,7 @@ pub fn nonfinite() -> Report {
         remedy: "look for an overflow before the gradient product".to_owned(),
         runner_up: None,
         indistinguishable_from: vec!["dk-accumulate-bf16".to_owned()],
+        tell_apart: vec!["the parts of dK, in float32".to_owned()],
     }];
     report(vec![cpu])
 }
@@ -215,7 +274,8 @@ pub fn microbatches(count: usize, bad: &[usize]) -> Report {
     };
     let mut recorded = candidate("recorded", (0..count).map(of).collect());
     recorded.accumulated = Some(AccumulatedReport { tensors: vec![tensor("d_unembedding", 1.7e-3, 1.7e-3)], grad_norm: None });
-    recorded.first_divergence = bad.first().map(|&m| Divergence { microbatch: Some(m), stage: "d_hidden".to_owned() });
+    recorded.first_divergence =
+        bad.first().map(|&m| Divergence { microbatch: Some(m), stage: "d_hidden".to_owned(), enters: None });
     report(vec![recorded])
 }
 

@@ -1,5 +1,5 @@
 use crate::samples;
-use fused_xent::report::model::{Report, Verdict};
+use fused_xent::report::model::{Report, SampleReport, Verdict};
 use fused_xent::report::terminal::{Style, overview, render, verdict};
 use insta::assert_snapshot;
 
@@ -72,6 +72,12 @@ fn a_certain_cause() {
                   rounding makes. The error lies in the rows of labels (>99.9 % of its square): vocab
                   ids 3, 17–18, 42, 77 and 2 ranges more. 17 elements beyond what any honest computation
                   gives.
+    enters        at d_unembedding_label, 2.2e4× the floor: the label's term, or how it is added to the
+                  rows of labels
+    inherited     d_unembedding and accumulated_d_unembedding have all of their error from
+                  d_unembedding_label (at most 1.01× the floor is left)
+    repaired      with the reference's d_unembedding_label: d_unembedding 2.65× → 1.01×,
+                  accumulated_d_unembedding 2.65× → 1.01×
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference
                   1.2300e-3
                   d_unembedding, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference 1.2300e-3
@@ -95,7 +101,8 @@ fn a_certain_cause() {
 fn an_unknown_cause() {
     assert_snapshot!(render(&samples::unknown(), PLAIN), @r#"
     ✗ recorded diverges at d_hidden (step 0, microbatch 0): relative error 0.310, 188× its floor of
-      1.65e-3 (limit 1.50×); cause unknown (no catalogued fault explains it).
+      1.65e-3 (limit 1.50×); cause unknown. A factor per token, 0.820 to 1.31, on the lse part accounts
+      for 99.1 % of it: lse, or its cotangent, as the backward takes them.
 
     dump          dumps/tiny: run run-a, 2 processes, step 0
 
@@ -113,6 +120,10 @@ fn an_unknown_cause() {
 
     observed      d_hidden breaks first, in microbatch 0: the error is above what honest rounding makes.
                   The error lies in some rows (98.0 % of its square), all from token 384 on.
+    enters        at d_hidden, 188× the floor, after lse, which agrees: the backward. A factor per
+                  token, 0.820 to 1.31, on the lse part accounts for 99.1 % of it: lse, or its
+                  cotangent, as the backward takes them
+    to split      record d_lse, d_hidden_lse and d_hidden_label
     worst         d_hidden, microbatch 0, vocab id 42, feature 3: 1.2345e-3, reference 1.2300e-3
 
       1. cause unknown
@@ -155,6 +166,7 @@ fn values_that_are_not_finite() {
       evidence    row 7 of dK is NaN in all 64 features
       remedy      look for an overflow before the gradient product
       or equally  dk-accumulate-bf16
+      tell apart  capture the parts of dK, in float32
 
     again         xent-diff dumps/tiny --step 0 --candidate cpu
     "#);
@@ -194,6 +206,13 @@ fn two_candidates_on_a_narrow_terminal() {
                   in the rows of labels (>99.9 % of its square): vocab ids
                   3, 17–18, 42, 77 and 2 ranges more. 17 elements beyond
                   what any honest computation gives.
+    enters        at d_unembedding_label, 2.2e4× the floor: the label's
+                  term, or how it is added to the rows of labels
+    inherited     d_unembedding and accumulated_d_unembedding have all of
+                  their error from d_unembedding_label (at most 1.01× the
+                  floor is left)
+    repaired      with the reference's d_unembedding_label: d_unembedding
+                  2.65× → 1.01×, accumulated_d_unembedding 2.65× → 1.01×
     worst         d_unembedding_label, microbatch 0, vocab id 42, feature 3:
                   1.2345e-3, reference 1.2300e-3
                   d_unembedding, microbatch 0, vocab id 42, feature 3:
@@ -351,4 +370,17 @@ fn a_dump_cannot_steer_the_terminal() {
     report.candidates[0].findings[0].evidence = "line\x1b]0;title\x07".to_owned();
     let text = render(&report, PLAIN);
     assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+}
+
+#[test]
+fn the_command_repeats_the_judgement() {
+    let mut report = samples::certain();
+    let candidate = &mut report.candidates[0];
+    candidate.presence.microbatches = 4;
+    candidate.contract.source = "given";
+    candidate.sample = Some(SampleReport { token_rows: 64, vocab_rows: 60 });
+    let text = render(&report, Style { colour: false, width: 400 });
+    let expected = "xent-diff dumps/tiny --step 0 --candidate recorded --microbatch 0 --sample 64 \
+                    --contract logits=f32,dlogits=f32,accumulate=f32,d_hidden=bf16,d_unembedding=bf16";
+    assert!(text.contains(expected), "{text}");
 }

@@ -5,6 +5,7 @@ use super::bench::Fit;
 use super::search::EQUAL;
 use crate::diff::fault::{Fault, told_apart_by};
 use crate::report::model::{Confidence, Finding, RunnerUp, TensorReport, Verdict};
+use crate::report::text::{percent, times};
 use serde_json::{Map, Value};
 
 /// The finding that `fault` makes, whose fit is one of `fits`; its rank, its share of the whole and its confidence are yet to be set.
@@ -27,6 +28,7 @@ pub(super) fn finding(
         remedy: fault.entry().remedy.into(),
         runner_up: runner_up.map(|(other, _, explained)| RunnerUp { cause: other.slug().into(), explained }),
         indistinguishable_from: vec![],
+        tell_apart: vec![],
     }
 }
 
@@ -74,6 +76,7 @@ impl Case<'_> {
             remedy: remedy.into(),
             runner_up: None,
             indistinguishable_from: vec![],
+            tell_apart: vec![],
         }
     }
 
@@ -84,10 +87,10 @@ impl Case<'_> {
             .map(|(m, t)| {
                 let pattern = t.pattern.as_ref().map_or("uniform", |p| &p.kind);
                 format!(
-                    "{}{} ({pattern}, {:.1} × floor)",
+                    "{}{} ({pattern}, {} its floor)",
                     t.name,
                     m.map_or(String::new(), |m| format!(" of microbatch {m}")),
-                    t.ratio
+                    times(t.ratio)
                 )
             })
             .collect()
@@ -110,19 +113,20 @@ impl Case<'_> {
             remedy: "record the inner stages (lse, label logits, the parts of dQ and dK) to see where it enters".into(),
             runner_up: nearest,
             indistinguishable_from: vec![],
+            tell_apart: vec![],
         }
     }
 }
 
 fn evidence(fault: &Fault, fit: &Fit, before: &Fit, runner_up: Option<(&Fault, &Fit)>) -> String {
     let mut text = format!(
-        "applied to the reference on this very data, it removes {:.2} % of the squared deviation: from {:.1} times the floor to {:.2}",
-        100.0 * (1.0 - fit.left() / before.left()),
-        before.ratio(),
-        fit.ratio(),
+        "applied to the reference on this very data, it removes {} of the squared deviation: from {} the floor to {}",
+        percent(1.0 - fit.left() / before.left()),
+        times(before.ratio()),
+        times(fit.ratio()),
     );
     if let Some((other, other_fit)) = runner_up {
-        text += &format!("; the next best, {}, leaves {:.1} times the floor", other.slug(), other_fit.ratio());
+        text += &format!("; the next best, {}, leaves {} the floor", other.slug(), times(other_fit.ratio()));
     }
     text + &format!(". Such a fault leaves: {}", fault.entry().leaves_behind)
 }
@@ -147,9 +151,9 @@ fn parameters(fault: &Fault, left: f64, fits: &[(Fault, Fit)]) -> Map<String, Va
 }
 
 /// What to capture to tell the causes of a group apart.
-pub(super) fn to_tell_apart(causes: &[&str]) -> String {
-    let mut by: Vec<&str> = causes.iter().map(|cause| told_apart_by(cause)).collect();
+pub(super) fn to_tell_apart(causes: &[&str]) -> Vec<String> {
+    let mut by: Vec<String> = causes.iter().map(|cause| told_apart_by(cause).to_owned()).collect();
     by.sort_unstable();
     by.dedup();
-    format!("; {} do the same here: to tell them apart, capture {}", causes.join(", "), by.join("; and "))
+    by
 }

@@ -14,6 +14,9 @@ mod finding;
 mod hypotheses;
 mod lse;
 mod search;
+mod shards;
+mod significand;
+mod threshold;
 
 pub(super) use hypotheses::TILES;
 
@@ -23,11 +26,14 @@ use super::fault::Fault;
 use super::replay::{Counterfactual, Excerpt, Rows};
 use super::step::Step;
 use super::truth::{Stage, Truth};
-use crate::report::model::{Finding, MicrobatchReport, RunnerUp, TensorReport};
+use crate::report::model::{Confidence, Finding, MicrobatchReport, RunnerUp, TensorReport, Verdict};
 use fused_xent_kernels::floor::Tolerance;
 use ndarray::Array2;
 use search::Search;
 use std::collections::BTreeMap;
+
+/// What a fault explains that no honest rounding is taken for.
+const PRECISELY: f64 = 0.99;
 
 /// The most faults that are combined.
 const MOST_FAULTS: usize = 3;
@@ -69,22 +75,47 @@ impl<'a> Case<'a> {
         self.truth(place).rows(stage)
     }
 
+    /// Whether a stage of a judged microbatch diverges.
+    fn diverges(&self, place: usize, stage: Stage) -> bool {
+        self.microbatches[place].tensors.iter().any(|t| t.name == stage.name() && t.verdict == Verdict::Diverge)
+    }
+
+    fn accumulated_diverges(&self) -> bool {
+        self.accumulated.is_some_and(|t| t.verdict == Verdict::Diverge)
+    }
+
+    /// Where rows of the whole lie among the judged rows of a stage.
+    fn value_rows_of(&self, place: usize, stage: Stage, numbers: impl Iterator<Item = usize>) -> impl Iterator<Item = usize> {
+        let judged = self.rows(place, stage);
+        numbers.map(move |n| judged.map_or(n, |rows| rows.binary_search(&n).expect("an excerpt's rows are judged")))
+    }
+
     /// Where `rows` of an excerpt lie among the judged rows of a stage.
     fn value_rows(&self, place: usize, stage: Stage, excerpt: &Excerpt, rows: &Rows) -> Vec<usize> {
         let (numbers, places) = match stage.rows_are() {
             super::truth::RowsAre::Tokens => (excerpt.sample().tokens(), &rows.tokens),
             super::truth::RowsAre::VocabIds => (excerpt.sample().ids(), &rows.ids),
         };
-        let judged = self.rows(place, stage);
-        let row =
-            |number: usize| judged.map_or(number, |rows| rows.binary_search(&number).expect("an excerpt's rows are judged"));
-        places.iter().map(|&place| row(numbers[place])).collect()
+        self.value_rows_of(place, stage, places.iter().map(|&place| numbers[place])).collect()
     }
 
     fn composed(&self, faults: &[Fault]) -> Counterfactual {
         let mut computation = Counterfactual::default();
         faults.iter().for_each(|fault| fault.apply(&mut computation, self.step));
         computation
+    }
+
+    /// The fault that explains a divergence from this contract precisely, though a more generous one would allow it. An honest
+    /// rounding is no such: its error has as many directions as there are dlogits, and the fault's, which has no parameter
+    /// to fit, would have to meet it in all of them to a tenth.
+    pub fn precise_fault(&self, progress: &dyn Progress) -> Option<Finding> {
+        let mut search = Search::new(self, progress);
+        let base = search.base();
+        let mut faults = search.hypotheses(&[]);
+        faults.retain(|fault| matches!(fault, Fault::LseBf16(_)) || fault.slug().starts_with("logits-bf16"));
+        let fits = search.rank(faults, &[], &base);
+        let (finding, _) = search.name(&fits, &base, 1)?;
+        (finding.confidence == Confidence::Certain && finding.explained > PRECISELY).then_some(finding)
     }
 
     /// What explains the divergence, best first.
@@ -98,10 +129,13 @@ impl<'a> Case<'a> {
         let mut chosen: Vec<Fault> = Vec::new();
         let mut current = base.clone();
         while chosen.len() < MOST_FAULTS && !current.at_floor() {
-            let mut faults = search.hypotheses();
-            faults.retain(|f| chosen.iter().all(|c| c.slug() != f.slug()));
+            let faults = search.hypotheses(&chosen);
             let mut fits = search.rank(faults, &chosen, &current);
-            let Some((finding, place)) = search.name(&fits, &current, findings.len() + 1) else { break };
+            let Some((finding, place)) = search.name(&fits, &current, findings.len() + 1) else {
+                let pair = if chosen.is_empty() { search.pair(&fits, &current) } else { None };
+                (chosen, findings, current) = pair.unwrap_or((chosen, findings, current));
+                break;
+            };
             let (fault, fit) = fits.swap_remove(place);
             chosen.push(fault);
             findings.push(finding);

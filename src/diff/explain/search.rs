@@ -4,10 +4,11 @@ use super::bench::{Bench, Fit, Side, Trial};
 use super::finding::{finding, to_tell_apart};
 use super::hypotheses::{FILTER_TILES, Observed, THRESHOLDS, hypotheses};
 use super::lse::SeenLse;
-use super::{Case, excerpts};
+use super::shards::SeenShards;
+use super::{Case, excerpts, significand};
 use crate::diff::Progress;
 use crate::diff::fault::{Fault, Touches};
-use crate::diff::replay::{Counterfactual, Excerpt, Filter};
+use crate::diff::replay::{Counterfactual, Excerpt, Filter, Significand};
 use crate::report::model::{Confidence, Finding};
 use rayon::prelude::*;
 
@@ -26,34 +27,69 @@ const NEAR_THE_BEST: f64 = 16.0;
 const AT_LEAST: usize = 6;
 const AT_MOST: usize = 24;
 
+/// How many faults are tried as the first of two.
+const MOST_FIRSTS: usize = 3;
+
 /// Elements of K, over all microbatches, with which a hypothesis is tried on few rows in no time.
 const LITTLE_WORK: usize = 1 << 19;
 
 pub(super) struct Search<'a> {
-    case: &'a Case<'a>,
+    pub(super) case: &'a Case<'a>,
     progress: &'a dyn Progress,
-    excerpts: Vec<Excerpt<'a>>,
+    pub(super) excerpts: Vec<Excerpt<'a>>,
     /// Few rows, and all of the excerpts.
-    few: Bench<'a>,
-    more: Bench<'a>,
+    pub(super) few: Bench<'a>,
+    pub(super) more: Bench<'a>,
     lse: SeenLse,
+    shards: SeenShards,
+    significand: Option<Significand>,
 }
 
 impl<'a> Search<'a> {
     pub fn new(case: &'a Case<'a>, progress: &'a dyn Progress) -> Self {
         progress.begin("reading the rows that hypotheses are tried on", 1);
         let excerpts = excerpts::excerpts(case);
-        let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))));
-        let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())));
+        let few = Bench::new(case, Some((&excerpts, excerpts::first_rows(case, &excerpts))), false);
+        let more = Bench::new(case, Some((&excerpts, excerpts.iter().map(Excerpt::rows).collect())), true);
         progress.advance(1);
-        let lse = SeenLse::new(case, &excerpts);
-        Self { case, progress, excerpts, few, more, lse }
+        let (lse, shards) = (SeenLse::new(case, &excerpts), SeenShards::new(case, &excerpts));
+        let significand = significand::seen(case, &excerpts, &lse);
+        Self { case, progress, excerpts, few, more, lse, shards, significand }
     }
 
-    /// Every fault that could change what diverges.
-    pub fn hypotheses(&self) -> Vec<Fault> {
+    /// Every fault that could change what diverges, beside those chosen.
+    pub fn hypotheses(&mut self, chosen: &[Fault]) -> Vec<Fault> {
         let Case { step, microbatches, accumulated, .. } = *self.case;
-        hypotheses(&Observed { step, microbatches, accumulated, lse: &self.lse })
+        let how = self.case.composed(chosen);
+        self.learn([&how].into_iter());
+        let factors = self.more.factors(&self.excerpts, &how);
+        let (lse, shards, significand) = (&self.lse, &self.shards, self.significand);
+        let faults = hypotheses(&Observed { step, microbatches, accumulated, lse, shards, significand, factors: &factors });
+        faults.into_iter().filter(|fault| chosen.iter().all(|chosen| chosen.slug() != fault.slug())).collect()
+    }
+
+    /// Two faults that together come down to the floor, where none alone explains nearly all: one of those that explain a good
+    /// part, and another on top of it.
+    pub fn pair(&mut self, fits: &[(Fault, Fit)], base: &Fit) -> Option<(Vec<Fault>, Vec<Finding>, Fit)> {
+        let mut firsts: Vec<&(Fault, Fit)> = vec![];
+        for first in fits.iter().filter(|(_, fit)| fit.left() < GOOD_PART * base.left()) {
+            if firsts.len() < MOST_FIRSTS && firsts.iter().all(|(other, _)| other.slug() != first.0.slug()) {
+                firsts.push(first);
+            }
+        }
+        for (first, fit) in firsts {
+            let faults = self.hypotheses(&[*first]);
+            let seconds = self.rank(faults, &[*first], fit);
+            let Some((second, place)) = self.name(&seconds, fit, 2).filter(|(_, place)| seconds[*place].1.at_floor()) else {
+                continue;
+            };
+            let mut found = finding(first, fits, fit, base, None);
+            found.confidence = second.confidence;
+            let (mut chosen, mut findings) = (vec![*first, seconds[place].0], vec![found, second]);
+            let current = self.refine(&mut chosen, &mut findings, seconds[place].1.clone());
+            return Some((chosen, findings, current));
+        }
+        None
     }
 
     /// What is to be explained.
@@ -67,10 +103,12 @@ impl<'a> Search<'a> {
         let faults = self.promising(faults, &applied, chosen.is_empty());
         self.progress.begin("comparing the best of them", faults.len() as u64);
         let mut fits = self.fits(faults, &applied, current, |s| &s.more);
-        if let Some((Fault::GradientFilter(filter), _)) = fits.first() {
-            let near =
-                [0.75, 0.875, 1.125, 1.25, 1.5].map(|by| Fault::GradientFilter(Filter { eps: filter.eps * by, ..*filter }));
-            fits.extend(self.fits(near.to_vec(), &applied, current, |s| &s.more));
+        if let Some((Fault::GradientFilter(filter), fit)) = fits.first()
+            && fit.left() < GOOD_PART * current.left()
+        {
+            let better = self.thresholds(*filter, &applied, current);
+            fits.retain(|(fault, _)| better.iter().all(|(other, _)| other != fault));
+            fits.extend(better);
             fits.sort_by(|a, b| a.1.left().total_cmp(&b.1.left()));
         }
         fits
@@ -89,20 +127,24 @@ impl<'a> Search<'a> {
             !trial.touches.d_unembedding || self.excerpts.iter().all(|excerpt| excerpt.knows(&trial.how))
         });
         let bounded = self.bounded(costly, applied, &current);
-        cheap.extend(self.filters(&bounded, applied, &current));
+        let rated = |(fault, fit): &(Fault, Fit)| (fit.left(), *fault);
+        cheap.extend(self.filters(&bounded.iter().map(rated).collect::<Vec<_>>(), applied, &current));
         let mut fits = self.fits(cheap, applied, &current, |s| &s.few);
-        let best = fits.first().map_or(f64::INFINITY, |(_, fit)| fit.left());
-        let costly = kept(bounded, current.left(), best);
+        let best = fits.first();
+        let (left, at_floor) = best.map_or((f64::INFINITY, false), |(_, fit)| (fit.left(), fit.at_floor()));
+        // Beside what comes down to the floor, only what does so too is worth it: in the rows of tokens, at least.
+        let costly = bounded.iter().filter(|(_, fit)| !at_floor || fit.at_floor()).map(rated).collect();
+        let costly = kept(costly, current.left(), left);
         fits.extend(self.fits(costly, applied, &current, |s| &s.few));
         kept(fits.into_iter().map(|(fault, fit)| (fit.left(), fault)).collect(), current.left(), f64::INFINITY)
     }
 
-    /// What faults leave at the least, by the rows of tokens alone.
-    fn bounded(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit) -> Vec<(f64, Fault)> {
+    /// How faults fit at the best, by the rows of tokens alone.
+    fn bounded(&self, faults: Vec<Fault>, applied: &Counterfactual, current: &Fit) -> Vec<(Fault, Fit)> {
         let bounded = |fault: Fault| {
             let fit = self.few.fit(Some(&self.excerpts), &self.trial(&fault, applied), Some(current), Side::Tokens);
             self.progress.advance(1);
-            (fit.left(), fault)
+            (fault, fit)
         };
         faults.into_par_iter().map(bounded).collect()
     }
@@ -126,7 +168,9 @@ impl<'a> Search<'a> {
         let faults: Vec<Fault> = thresholds
             .into_iter()
             .flat_map(|eps| FILTER_TILES.map(|tokens| (eps, tokens)))
-            .flat_map(|(eps, tokens)| FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids })))
+            .flat_map(|(eps, tokens)| {
+                FILTER_TILES.map(|ids| Fault::GradientFilter(Filter { eps, tokens, ids, masked_count: false }))
+            })
             .collect();
         let trials: Vec<Trial> = faults.iter().map(|fault| self.trial(fault, applied)).collect();
         self.learn(trials.iter().map(|trial| &trial.how));
@@ -140,7 +184,7 @@ impl<'a> Search<'a> {
     }
 
     /// The fits of faults on top of what is applied, best first.
-    fn fits(
+    pub(super) fn fits(
         &mut self,
         faults: Vec<Fault>,
         applied: &Counterfactual,
@@ -161,7 +205,7 @@ impl<'a> Search<'a> {
         fits
     }
 
-    fn learn<'c>(&mut self, computations: impl Iterator<Item = &'c Counterfactual> + Clone) {
+    pub(super) fn learn<'c>(&mut self, computations: impl Iterator<Item = &'c Counterfactual> + Clone) {
         self.excerpts.iter_mut().for_each(|excerpt| excerpt.learn(computations.clone()));
     }
 
@@ -181,10 +225,10 @@ impl<'a> Search<'a> {
 
     /// Fits the parameters of the faults found before again, now that another is known beside them.
     pub fn refine(&mut self, chosen: &mut [Fault], findings: &mut [Finding], mut current: Fit) -> Fit {
-        let all = self.hypotheses();
         for i in 0..chosen.len() - 1 {
             let others: Vec<Fault> = chosen.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, fault)| *fault).collect();
-            let alike: Vec<Fault> = all.iter().filter(|f| f.slug() == chosen[i].slug()).copied().collect();
+            let mut alike = self.hypotheses(&others);
+            alike.retain(|fault| fault.slug() == chosen[i].slug());
             let without = self.fit_of(&others);
             if let Some((fault, fit)) = self.rank(alike, &others, &without).into_iter().next()
                 && fit.left() < current.left()
@@ -246,7 +290,7 @@ impl<'a> Search<'a> {
         (finding.rank, finding.confidence, finding.explained) = (rank, confidence, explained(&alone));
         if !same.is_empty() {
             let causes: Vec<&str> = std::iter::once(fault.slug()).chain(same.iter().map(String::as_str)).collect();
-            finding.evidence += &to_tell_apart(&causes);
+            finding.tell_apart = to_tell_apart(&causes);
         }
         finding.indistinguishable_from = same;
         Some((finding, place))
@@ -263,7 +307,7 @@ impl<'a> Search<'a> {
         });
         let last = findings.last_mut().filter(|_| !all_there && current.near_floor())?;
         self.progress.begin("replaying it on all rows", 1);
-        let bench = Bench::new(case, None);
+        let bench = Bench::new(case, None, true);
         let base = bench.base();
         let touches = if let [only] = chosen { only.touches() } else { Touches::ALL };
         let fit = bench.fit(None, &Trial { how: case.composed(chosen), touches }, Some(&base), Side::Both);

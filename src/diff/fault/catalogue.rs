@@ -1,7 +1,11 @@
 //! What the catalogue says of each fault.
 
 use super::Fault;
-use crate::diff::replay::{Approximation, Filter, ScatterOnto};
+use super::Gradients;
+use crate::diff::replay::{
+    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ScaleInBackward, ScatterOnto, Split,
+};
+use fused_xent_kernels::contract::LabelTerm;
 
 /// What the catalogue says of a slug.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +29,9 @@ const INDICES: &str = "Masks, tiles, indices";
 const SCALE: &str = "Scale and reduction";
 const PARALLEL: &str = "Parallel";
 
+const SIXTEEN: Bf16Sum = Bf16Sum { chunks: Chunks::Number(16), parts_rounded: true };
+const TWO: Split = Split { shards: 2, even: false };
+
 macro_rules! catalogue {
     ($($slug:literal $section:ident $example:expr, $title:literal, $leaves:literal, $remedy:literal;)*) => {
         /// The catalogue, in its order.
@@ -35,13 +42,13 @@ macro_rules! catalogue {
 }
 
 catalogue! {
-    "label-logit-bf16" PRECISION Fault::LabelLogitBf16, "the label logit is summed in bf16 in the forward",
+    "label-logit-bf16" PRECISION Fault::LabelLogitBf16(LabelLogit::OfRoundedProducts), "the label logit is summed in bf16 in the forward",
         "loss and label logit noisy per row; lse, dQ, dK exact",
         "sum the label logit in f32, or take it from the logits tile inside the kernel";
     "loss-subtract-bf16" PRECISION Fault::LossSubtractBf16, "lse − z_t is subtracted in bf16",
         "loss only; grows with the common offset of the logits",
         "keep lse and the label logit in f32 until after the subtraction";
-    "lse-bf16" PRECISION Fault::LseBf16, "lse is kept in bf16 between forward and backward",
+    "lse-bf16" PRECISION Fault::LseBf16(LseRounded::Backward), "lse is kept in bf16 between forward and backward",
         "a per-row scale of P in the backward; Σ_v P ≠ 1",
         "store the lse residual in f32";
     "label-scatter-bf16" PRECISION Fault::LabelScatterBf16 { hits_rounded: true, onto: ScatterOnto::ZerosThenBf16 }, "label gradients are scatter-added into dK in bf16",
@@ -56,7 +63,7 @@ catalogue! {
     "gq-bf16" PRECISION Fault::GqBf16, "g·q is rounded to bf16 before the product for dK",
         "dK_lse off by 1e-3 in every row; exact where g is a power of two",
         "scale P by g in f32 instead of scaling q";
-    "dlogits-bf16" PRECISION Fault::DlogitsBf16, "dlogits are rounded to bf16 before the gradient products",
+    "dlogits-bf16" PRECISION Fault::DlogitsBf16 { label: LabelTerm::Apart }, "dlogits are rounded to bf16 before the gradient products",
         "about 1e-3 in dQ and dK, uniform; honest in bf16 kernels",
         "keep dlogits in f32, or split them into a high and a low bf16, if f32 gradients are meant";
     "logits-bf16-forward" PRECISION Fault::LogitsBf16Forward, "logits are narrowed to bf16 in the forward only",
@@ -68,16 +75,16 @@ catalogue! {
     "logits-bf16-both" PRECISION Fault::LogitsBf16Both, "logits are narrowed to bf16 in both passes",
         "loss and gradients off together, Σ_v P = 1; grows with the size of the logits",
         "ask the product for f32 logits (preferred_element_type) in both passes";
-    "dk-accumulate-bf16" PRECISION Fault::DkAccumulateBf16 { chunks: 16, parts_rounded: true }, "dK is accumulated in bf16 over token chunks or microbatches",
+    "dk-accumulate-bf16" PRECISION Fault::DkAccumulateBf16(SIXTEEN), "dK is accumulated in bf16 over token chunks or microbatches",
         "dK only, all rows, grows with the number of chunks",
         "accumulate dK in f32 and round once at the end";
-    "dq-accumulate-bf16" PRECISION Fault::DqAccumulateBf16 { tiles: 16, parts_rounded: true }, "dQ is accumulated in bf16 over vocab tiles",
+    "dq-accumulate-bf16" PRECISION Fault::DqAccumulateBf16(SIXTEEN), "dQ is accumulated in bf16 over vocab tiles",
         "dQ only, grows with the number of tiles",
         "accumulate dQ in f32 and round once at the end";
     "prob-minus-one-bf16" PRECISION Fault::ProbMinusOneBf16, "P is stored in bf16 and 1 taken off at the label in bf16",
         "label column only; confident tokens lose their gradient",
         "form P − 1 in f32 before any rounding";
-    "gradient-filter" PRECISION Fault::GradientFilter(Filter { eps: 1.0 / 256.0, tokens: 16, ids: 16 }), "tiles of dlogits that are all small are skipped in the backward",
+    "gradient-filter" PRECISION Fault::GradientFilter(Filter { eps: 1.0 / 256.0, tokens: 16, ids: 16, masked_count: false }), "tiles of dlogits that are all small are skipped in the backward",
         "a bias, not noise; Σ_v dK ≠ 0",
         "turn the filter off, or lower its threshold until gradients agree";
     "approximate-exp-log" PRECISION Fault::ApproximateExpLog(Approximation::Log { degree: 4 }), "exp or log is of low accuracy",
@@ -98,7 +105,7 @@ catalogue! {
     "label-tile-edge" INDICES Fault::LabelTileEdge { tile: 16 }, "the label's term is lost where its id is the first of a tile",
         "dQ rows and dK rows of those labels only",
         "check < against ≤ where the label is matched with a tile's range";
-    "label-off-by-one" INDICES Fault::LabelOffByOne, "the label's column is taken one off",
+    "label-off-by-one" INDICES Fault::LabelOffByOne { left: false, wraps: true }, "the label's column is taken one off",
         "dQ and dK wrong by O(1), Σ_v dlogits = 0 still",
         "check the shift between inputs and targets, and the tile offset added to column indices";
     "label-missing" INDICES Fault::LabelMissing, "the gradient has no label term",
@@ -107,7 +114,7 @@ catalogue! {
     "ignored-leak" INDICES Fault::IgnoredLeak { label_zero: false }, "masked tokens get a gradient",
         "dQ non-zero exactly in masked rows",
         "multiply the cotangent by the mask, not only the loss";
-    "valid-vocab-ignored" INDICES Fault::ValidVocabIgnored, "padding ids beyond valid_vocab take part",
+    "valid-vocab-ignored" INDICES Fault::ValidVocabIgnored(Padding::InBoth), "padding ids beyond valid_vocab take part",
         "dK non-zero beyond valid_vocab",
         "set logits from valid_vocab on to −∞ in both passes";
     "dq-cotangent-missing" SCALE Fault::DqCotangentMissing { factor: 8.0 }, "dQ lacks the upstream cotangent, or part of it",
@@ -146,19 +153,19 @@ catalogue! {
     "label-smoothing-ignored" SCALE Fault::LabelSmoothingIgnored, "label smoothing is off in the backward",
         "equals the run with the option off",
         "pass the option to the backward";
-    "logit-scale-ignored" SCALE Fault::LogitScaleIgnored, "the logit scale's factor is missing in the backward",
+    "logit-scale-ignored" SCALE Fault::LogitScaleIgnored(ScaleInBackward::NoFactor), "the logit scale's factor is missing in the backward",
         "both gradients × 1/scale",
         "multiply dlogits by the scale";
-    "dq-not-reduced" PARALLEL Fault::DqNotReduced { shards: 2, shard: 0 }, "vocab-parallel dQ is not summed over the shards",
+    "dq-not-reduced" PARALLEL Fault::DqNotReduced { split: TWO, shard: 0 }, "vocab-parallel dQ is not summed over the shards",
         "dQ is one shard's part; dK exact",
         "all-reduce dQ over the vocab axis";
-    "dk-not-reduced" PARALLEL Fault::DkNotReduced { shards: 2, shard: 0 }, "data-parallel dK is not summed over the processes",
+    "dk-not-reduced" PARALLEL Fault::DkNotReduced { split: TWO, shard: 0 }, "data-parallel dK is not summed over the processes",
         "dK is the part of one process's tokens; dQ exact",
         "all-reduce dK over the data axis";
-    "local-lse" PARALLEL Fault::LocalLse { shards: 2 }, "each vocab shard normalises by its own lse",
+    "local-lse" PARALLEL Fault::LocalLse(TWO), "each vocab shard normalises by its own lse",
         "Σ_v P is the number of shards",
         "merge the shards' (max, sum) before the backward";
-    "label-per-shard" PARALLEL Fault::LabelPerShard { shards: 2 }, "the label term is counted on every vocab shard",
+    "label-per-shard" PARALLEL Fault::LabelPerShard { shards: 2, of: Gradients::Both }, "the label term is counted on every vocab shard",
         "label part × shards",
         "add the label term only on the shard that owns the id";
 }

@@ -6,35 +6,33 @@ mod parameters;
 pub use catalogue::{CATALOGUE, Entry, told_apart_by};
 
 use super::replay::{
-    Approximation, Bf16Sum, Counterfactual, Filter, LabelPlace, LabelSum, MaskedTokens, ProcessSum, ScaleInBackward, ScatterOnto,
-    TokenFactor,
+    Approximation, Bf16Sum, Chunks, Counterfactual, Filter, LabelLogit, LabelPlace, LabelSum, LseRounded, MaskedTokens, Padding,
+    ProcessSum, ScaleInBackward, ScatterOnto, Split, TokenFactor,
 };
 use super::step::Step;
 use super::truth::Stage;
-use fused_xent_kernels::contract::Precision;
+use fused_xent_kernels::contract::{LabelTerm, Precision};
 
 /// A fault of the catalogue, with its parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(missing_docs, reason = "each is described in CATALOGUE, under its slug")]
 pub enum Fault {
-    LabelLogitBf16,
+    LabelLogitBf16(LabelLogit),
     LossSubtractBf16,
-    LseBf16,
+    LseBf16(LseRounded),
     LabelScatterBf16 { hits_rounded: bool, onto: ScatterOnto },
     LabelScatterBf16OverProcesses { hits_rounded: bool, onto: ScatterOnto, over: ProcessSum },
     LabelGradRounded,
     DkPartsRounded,
     GqBf16,
-    DlogitsBf16,
+    DlogitsBf16 { label: LabelTerm },
     LogitsBf16Forward,
     LogitsBf16Backward,
     LogitsBf16Both,
-    DkAccumulateBf16 { chunks: usize, parts_rounded: bool },
-    DkAccumulateBf16ByWidth { width: usize, parts_rounded: bool },
-    DkAccumulateBf16OverProcesses { chunks: usize, parts_rounded: bool, over: ProcessSum },
-    DkAccumulateBf16OverMicrobatches,
-    DqAccumulateBf16 { tiles: usize, parts_rounded: bool },
-    DqAccumulateBf16ByWidth { width: usize, parts_rounded: bool },
+    DkAccumulateBf16(Bf16Sum),
+    DkAccumulateBf16OverProcesses { sum: Bf16Sum, over: ProcessSum },
+    DkAccumulateBf16OverMicrobatches { parts_rounded: bool },
+    DqAccumulateBf16(Bf16Sum),
     ProbMinusOneBf16,
     GradientFilter(Filter),
     ApproximateExpLog(Approximation),
@@ -44,11 +42,11 @@ pub enum Fault {
     LseTileMissing { tile: usize, index: usize },
     LabelTileEdge { tile: usize },
     LabelTileEdgeLast { tile: usize },
-    LabelOffByOne,
+    LabelOffByOne { left: bool, wraps: bool },
     LabelMissing,
     IgnoredLeak { label_zero: bool },
     IgnoredLeakUnlabelled,
-    ValidVocabIgnored,
+    ValidVocabIgnored(Padding),
     DqCotangentMissing { factor: f64 },
     DkCotangentMissing { factor: f64 },
     DqCotangentMissingAll,
@@ -65,12 +63,22 @@ pub enum Fault {
     SoftcapDerivativeMissingLabel,
     ZlossGradientMissing,
     LabelSmoothingIgnored,
-    LogitScaleIgnored,
-    LogitScaleIgnoredInLogits,
-    DqNotReduced { shards: usize, shard: usize },
-    DkNotReduced { shards: usize, shard: usize },
-    LocalLse { shards: usize },
-    LabelPerShard { shards: usize },
+    LogitScaleIgnored(ScaleInBackward),
+    DqNotReduced { split: Split, shard: usize },
+    DkNotReduced { split: Split, shard: usize },
+    LocalLse(Split),
+    LabelPerShard { shards: usize, of: Gradients },
+}
+
+/// Which of the gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gradients {
+    /// dQ alone.
+    Dq,
+    /// dK alone.
+    Dk,
+    /// Both.
+    Both,
 }
 
 /// The parts of a step that a fault can change.
@@ -106,17 +114,16 @@ impl Fault {
     pub fn entry(&self) -> &'static Entry {
         let kind = match *self {
             Fault::LabelScatterBf16OverProcesses { hits_rounded, onto, .. } => Fault::LabelScatterBf16 { hits_rounded, onto },
-            Fault::DkAccumulateBf16OverMicrobatches
-            | Fault::DkAccumulateBf16ByWidth { .. }
-            | Fault::DkAccumulateBf16OverProcesses { .. } => Fault::DkAccumulateBf16 { chunks: 1, parts_rounded: true },
-            Fault::DqAccumulateBf16ByWidth { .. } => Fault::DqAccumulateBf16 { tiles: 1, parts_rounded: true },
+            Fault::DkAccumulateBf16OverMicrobatches { parts_rounded } => {
+                Fault::DkAccumulateBf16(Bf16Sum { chunks: Chunks::Number(1), parts_rounded })
+            }
+            Fault::DkAccumulateBf16OverProcesses { sum, .. } => Fault::DkAccumulateBf16(sum),
             Fault::LabelTileEdgeLast { tile } => Fault::LabelTileEdge { tile },
             Fault::IgnoredLeakUnlabelled => Fault::IgnoredLeak { label_zero: false },
             Fault::DqCotangentMissingAll => Fault::DqCotangentMissing { factor: 1.0 },
             Fault::DkCotangentMissingAll => Fault::DkCotangentMissing { factor: 1.0 },
             Fault::NotAveragedOverMicrobatches { factor } => Fault::NotAveraged { factor },
             Fault::LastMicrobatchOnlyUndivided => Fault::LastMicrobatchOnly,
-            Fault::LogitScaleIgnoredInLogits => Fault::LogitScaleIgnored,
             other => other,
         };
         CATALOGUE
@@ -138,37 +145,38 @@ impl Fault {
                 | Fault::NotAveragedOverMicrobatches { .. }
                 | Fault::DqCotangentMissing { .. }
                 | Fault::DkCotangentMissing { .. }
-                | Fault::ApproximateExpLog(Approximation::AsRecorded)
+                | Fault::ApproximateExpLog(Approximation::AsRecorded | Approximation::Significand(_))
         )
     }
 
     /// What it can change. A part that is not named stays exact.
     pub fn touches(&self) -> Touches {
         let [forward, d_hidden, d_unembedding] = match self {
-            Fault::LabelLogitBf16 | Fault::LossSubtractBf16 => [true, false, false],
+            Fault::LabelLogitBf16(_) | Fault::LossSubtractBf16 => [true, false, false],
+            Fault::LseBf16(rounded) => [*rounded >= LseRounded::Output, true, true],
+            Fault::ValidVocabIgnored(padding) => [*padding == Padding::InBoth, true, true],
             Fault::LogitsBf16Forward
             | Fault::LogitsBf16Both
             | Fault::VocabPadUnmasked { .. }
             | Fault::LseTileMissing { .. }
-            | Fault::ApproximateExpLog(_)
-            | Fault::ValidVocabIgnored => [true, true, true],
+            | Fault::ApproximateExpLog(_) => [true, true, true],
             Fault::LabelScatterBf16 { .. }
             | Fault::LabelScatterBf16OverProcesses { .. }
-            | Fault::DkAccumulateBf16ByWidth { .. }
             | Fault::DkAccumulateBf16OverProcesses { .. }
             | Fault::DkCotangentMissingAll
             | Fault::LabelGradRounded
             | Fault::DkPartsRounded
             | Fault::GqBf16
-            | Fault::DkAccumulateBf16 { .. }
+            | Fault::DkAccumulateBf16(_)
+            | Fault::LabelPerShard { of: Gradients::Dk, .. }
             | Fault::DkCotangentMissing { .. }
             | Fault::DkNotReduced { .. } => [false, false, true],
-            Fault::DqAccumulateBf16 { .. }
-            | Fault::DqAccumulateBf16ByWidth { .. }
+            Fault::DqAccumulateBf16(_)
+            | Fault::LabelPerShard { of: Gradients::Dq, .. }
             | Fault::DqCotangentMissing { .. }
             | Fault::DqCotangentMissingAll
             | Fault::DqNotReduced { .. } => [false, true, false],
-            Fault::DkAccumulateBf16OverMicrobatches
+            Fault::DkAccumulateBf16OverMicrobatches { .. }
             | Fault::NotAveragedOverMicrobatches { .. }
             | Fault::LastMicrobatchOnly
             | Fault::LastMicrobatchOnlyUndivided => [false, false, false],
@@ -180,18 +188,12 @@ impl Fault {
 
     /// Builds the fault into a computation on `step`.
     pub fn apply(&self, to: &mut Counterfactual, step: &Step) {
-        let (vocab, valid, tokens) = step.microbatches.first().map_or((1, 1, 1), |m| {
-            let shape = m.problem.shape();
-            (shape.vocab, m.problem.valid_columns(), shape.tokens)
-        });
-        let part = |of: usize, shards: usize, shard: usize| {
-            let width = of.div_ceil(shards);
-            ((shard * width).min(of), ((shard + 1) * width).min(of))
-        };
+        let first = step.microbatches.first();
+        let (vocab, valid) = first.map_or((1, 1), |m| (m.problem.shape().vocab, m.problem.valid_columns()));
         match *self {
-            Fault::LabelLogitBf16 => to.label_logit_bf16 = true,
+            Fault::LabelLogitBf16(label_logit) => to.label_logit = label_logit,
             Fault::LossSubtractBf16 => to.loss_subtract_bf16 = true,
-            Fault::LseBf16 => to.stored_lse = Precision::Bf16,
+            Fault::LseBf16(rounded) => to.lse_rounded = rounded,
             Fault::LabelScatterBf16 { hits_rounded, onto } => to.label_sum = LabelSum::Bf16 { hits_rounded, onto },
             Fault::LabelScatterBf16OverProcesses { hits_rounded, onto, over } => {
                 (to.label_sum, to.dk_processes) = (LabelSum::Bf16 { hits_rounded, onto }, Some(over));
@@ -199,39 +201,34 @@ impl Fault {
             Fault::LabelGradRounded => to.label_sum = LabelSum::EachRounded,
             Fault::DkPartsRounded => to.dk_parts_bf16 = true,
             Fault::GqBf16 => to.gq_bf16 = true,
-            Fault::DlogitsBf16 => to.dlogits = Precision::Bf16,
+            Fault::DlogitsBf16 { label } => {
+                (to.dlogits, to.label_in_dlogits) = (Precision::Bf16, label == LabelTerm::Joint);
+            }
             Fault::LogitsBf16Forward => to.forward_logits = Precision::Bf16,
             Fault::LogitsBf16Backward => to.backward_logits = Precision::Bf16,
             Fault::LogitsBf16Both => (to.forward_logits, to.backward_logits) = (Precision::Bf16, Precision::Bf16),
-            Fault::DkAccumulateBf16 { chunks, parts_rounded } => {
-                to.dk_sum = Some(Bf16Sum { width: tokens.div_ceil(chunks).max(1), parts_rounded });
-            }
-            Fault::DkAccumulateBf16ByWidth { width, parts_rounded } => to.dk_sum = Some(Bf16Sum { width, parts_rounded }),
-            Fault::DkAccumulateBf16OverProcesses { chunks, parts_rounded, over } => {
-                let width = tokens.div_ceil(over.processes).div_ceil(chunks).max(1);
-                (to.dk_sum, to.dk_processes) = (Some(Bf16Sum { width, parts_rounded }), Some(over));
-            }
-            Fault::DqAccumulateBf16ByWidth { width, parts_rounded } => to.dq_sum = Some(Bf16Sum { width, parts_rounded }),
+            Fault::DkAccumulateBf16(sum) => to.dk_sum = Some(sum),
+            Fault::DkAccumulateBf16OverProcesses { sum, over } => (to.dk_sum, to.dk_processes) = (Some(sum), Some(over)),
+            Fault::DqAccumulateBf16(sum) => to.dq_sum = Some(sum),
             Fault::GradientFilter(filter) => to.filter = Some(filter),
             Fault::ApproximateExpLog(approximation) => to.approximation = approximation,
-            Fault::DkAccumulateBf16OverMicrobatches => to.microbatches_bf16 = true,
-            Fault::DqAccumulateBf16 { tiles, parts_rounded } => {
-                to.dq_sum = Some(Bf16Sum { width: vocab.div_ceil(tiles).max(1), parts_rounded });
+            Fault::DkAccumulateBf16OverMicrobatches { parts_rounded } => {
+                (to.microbatches_bf16, to.microbatches_rounded) = (true, parts_rounded);
             }
             Fault::ProbMinusOneBf16 => to.p_minus_one_bf16 = true,
             Fault::VocabPadUnmasked { pad } => to.padding_in_lse = pad,
             Fault::VocabTailDropped { tile } => to.vocab_end = Some(vocab / tile * tile),
-            Fault::TokenTailDropped { tile } => to.token_end = Some(tokens / tile * tile),
+            Fault::TokenTailDropped { tile } => to.token_tile = Some(tile),
             Fault::LseTileMissing { tile, index } => to.lse_misses = Some((index * tile, ((index + 1) * tile).min(valid))),
             Fault::LabelTileEdge { tile } => to.label = LabelPlace::MissingOnTileEdge { tile, last: false },
             Fault::LabelTileEdgeLast { tile } => to.label = LabelPlace::MissingOnTileEdge { tile, last: true },
-            Fault::LabelOffByOne => to.label = LabelPlace::OffByOne,
+            Fault::LabelOffByOne { left, wraps } => to.label = LabelPlace::Beside { left, wraps },
             Fault::LabelMissing => to.label = LabelPlace::Missing,
             Fault::IgnoredLeak { label_zero } => {
                 to.masked = if label_zero { MaskedTokens::WithLabelZero } else { MaskedTokens::WithStoredLabel };
             }
             Fault::IgnoredLeakUnlabelled => to.masked = MaskedTokens::WithoutLabel,
-            Fault::ValidVocabIgnored => to.padding_takes_part = true,
+            Fault::ValidVocabIgnored(padding) => to.padding = padding,
             Fault::DqCotangentMissing { factor } => to.dq_factor *= factor,
             Fault::DkCotangentMissing { factor } => to.dk_factor *= factor,
             Fault::DqCotangentMissingAll => to.dq_without_g = true,
@@ -254,12 +251,14 @@ impl Fault {
             Fault::SoftcapDerivativeMissingLabel => to.no_softcap_derivative.1 = true,
             Fault::ZlossGradientMissing => to.no_z_loss_gradient = true,
             Fault::LabelSmoothingIgnored => to.no_label_smoothing = true,
-            Fault::LogitScaleIgnored => to.scale = ScaleInBackward::NoFactor,
-            Fault::LogitScaleIgnoredInLogits => to.scale = ScaleInBackward::One,
-            Fault::DqNotReduced { shards, shard } => to.dq_vocab = Some(part(vocab, shards, shard)),
-            Fault::DkNotReduced { shards, shard } => to.dk_tokens = Some(part(tokens, shards, shard)),
-            Fault::LocalLse { shards } => to.local_lse_shards = shards,
-            Fault::LabelPerShard { shards } => to.label = LabelPlace::Repeated(shards),
+            Fault::LogitScaleIgnored(scale) => to.scale = scale,
+            Fault::DqNotReduced { split, shard } => to.dq_shard = Some((split, shard)),
+            Fault::DkNotReduced { split, shard } => to.dk_shard = Some((split, shard)),
+            Fault::LocalLse(split) => to.local_lse = Some(split),
+            Fault::LabelPerShard { shards, of } => {
+                let counts = |here: bool| if here { shards as f64 } else { 1.0 };
+                to.label_counts = [counts(of != Gradients::Dk), counts(of != Gradients::Dq)];
+            }
         }
     }
 }

@@ -1,20 +1,38 @@
 //! A fault's parameters: how they are written, read and reported.
 
-use super::{CATALOGUE, Fault};
+use super::{CATALOGUE, Fault, Gradients};
 use crate::diff::error::DiffError;
-use crate::diff::replay::{Approximation, Filter, ProcessSum, ScatterOnto};
+use crate::diff::replay::{
+    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, SIGNIFICAND_TERMS, ScaleInBackward,
+    ScatterOnto, Significand, Split,
+};
+use fused_xent_kernels::contract::LabelTerm;
 use serde_json::{Map, Value};
 
 type Variant = (&'static str, &'static str, &'static str, fn(Fault) -> Fault);
 
 /// Variants of a fault that are chosen by a word: slug, parameter, word, and the fault with it.
 const VARIANTS: &[Variant] = &[
+    ("label-logit-bf16", "rounded", "sum", |_| Fault::LabelLogitBf16(LabelLogit::Rounded)),
+    ("label-logit-bf16", "rounded", "products", |_| Fault::LabelLogitBf16(LabelLogit::OfRoundedProducts)),
+    ("label-logit-bf16", "rounded", "running-sum", |_| Fault::LabelLogitBf16(LabelLogit::RunningSum { products_rounded: false })),
+    ("label-logit-bf16", "rounded", "running-sum-and-products", |_| {
+        Fault::LabelLogitBf16(LabelLogit::RunningSum { products_rounded: true })
+    }),
+    ("lse-bf16", "seen_by", "backward", |_| Fault::LseBf16(LseRounded::Backward)),
+    ("lse-bf16", "seen_by", "output", |_| Fault::LseBf16(LseRounded::Output)),
+    ("lse-bf16", "seen_by", "loss", |_| Fault::LseBf16(LseRounded::Loss)),
+    ("dlogits-bf16", "label", "apart", |_| Fault::DlogitsBf16 { label: LabelTerm::Apart }),
+    ("dlogits-bf16", "label", "joint", |_| Fault::DlogitsBf16 { label: LabelTerm::Joint }),
     ("label-scatter-bf16", "onto", "zeros", |fault| onto(fault, ScatterOnto::Zeros)),
     ("label-scatter-bf16", "onto", "zeros-then-bf16", |fault| onto(fault, ScatterOnto::ZerosThenBf16)),
     ("label-scatter-bf16", "onto", "lse-part", |fault| onto(fault, ScatterOnto::LsePart)),
     ("label-scatter-bf16", "processes_added_in", "bf16", processes_in_bf16),
     ("dk-accumulate-bf16", "processes_added_in", "bf16", processes_in_bf16),
-    ("dk-accumulate-bf16", "over", "microbatches", |_| Fault::DkAccumulateBf16OverMicrobatches),
+    ("dk-accumulate-bf16", "over", "microbatches", |fault| match fault {
+        Fault::DkAccumulateBf16(Bf16Sum { parts_rounded, .. }) => Fault::DkAccumulateBf16OverMicrobatches { parts_rounded },
+        other => other,
+    }),
     ("label-tile-edge", "edge", "last", |fault| match fault {
         Fault::LabelTileEdge { tile } => Fault::LabelTileEdgeLast { tile },
         other => other,
@@ -29,19 +47,76 @@ const VARIANTS: &[Variant] = &[
         other => other,
     }),
     ("last-microbatch-only", "divided", "no", |_| Fault::LastMicrobatchOnlyUndivided),
-    ("logit-scale-ignored", "missing", "all", |_| Fault::LogitScaleIgnoredInLogits),
+    ("label-off-by-one", "to", "right", |fault| to_the_left(fault, false)),
+    ("label-off-by-one", "to", "left", |fault| to_the_left(fault, true)),
+    ("label-off-by-one", "beyond", "wraps", |fault| wrapping(fault, true)),
+    ("label-off-by-one", "beyond", "lost", |fault| wrapping(fault, false)),
+    ("valid-vocab-ignored", "in", "both", |_| Fault::ValidVocabIgnored(Padding::InBoth)),
+    ("valid-vocab-ignored", "in", "backward", |_| Fault::ValidVocabIgnored(Padding::InBackward)),
+    ("logit-scale-ignored", "missing", "factor", |_| Fault::LogitScaleIgnored(ScaleInBackward::NoFactor)),
+    ("logit-scale-ignored", "missing", "all", |_| Fault::LogitScaleIgnored(ScaleInBackward::One)),
+    ("logit-scale-ignored", "missing", "all-in-lse-too", |_| Fault::LogitScaleIgnored(ScaleInBackward::OneInLseToo)),
+    ("dq-not-reduced", "split", "even", evenly),
+    ("dk-not-reduced", "split", "even", evenly),
+    ("local-lse", "split", "even", evenly),
+    ("label-per-shard", "of", "dq", |fault| per_shard_of(fault, Gradients::Dq)),
+    ("label-per-shard", "of", "dk", |fault| per_shard_of(fault, Gradients::Dk)),
+    ("label-per-shard", "of", "both", |fault| per_shard_of(fault, Gradients::Both)),
+    ("gradient-filter", "masked", "count", |fault| counting_masked(fault, true)),
+    ("gradient-filter", "masked", "left-out", |fault| counting_masked(fault, false)),
     ("approximate-exp-log", "of", "log", |_| Fault::ApproximateExpLog(Approximation::Log { degree: 4 })),
     ("approximate-exp-log", "of", "exp", |_| Fault::ApproximateExpLog(Approximation::Exp { degree: 3, in_backward: true })),
     ("approximate-exp-log", "of", "exp-in-lse", |_| {
         Fault::ApproximateExpLog(Approximation::Exp { degree: 3, in_backward: false })
     }),
+    ("approximate-exp-log", "of", "exp2-polynomial", |_| Fault::ApproximateExpLog(Approximation::Significand(CUBIC))),
     ("approximate-exp-log", "of", "exp-bf16", |_| Fault::ApproximateExpLog(Approximation::ExpBf16 { in_backward: true })),
     ("approximate-exp-log", "of", "exp-bf16-in-lse", |_| Fault::ApproximateExpLog(Approximation::ExpBf16 { in_backward: false })),
 ];
 
+/// Of exp: a cubic polynomial for 2^f that is right to 10⁻⁴.
+const CUBIC: Significand = Significand { coefficients: [1.0, 0.6951, 0.2276, 0.0771, 0.0, 0.0], lse_as_recorded: false };
+/// The parameters of a polynomial's coefficients.
+const COEFFICIENTS: [&str; SIGNIFICAND_TERMS] = ["c0", "c1", "c2", "c3", "c4", "c5"];
+
 fn onto(mut fault: Fault, to: ScatterOnto) -> Fault {
     if let Fault::LabelScatterBf16 { onto, .. } | Fault::LabelScatterBf16OverProcesses { onto, .. } = &mut fault {
         *onto = to;
+    }
+    fault
+}
+
+fn to_the_left(mut fault: Fault, to: bool) -> Fault {
+    if let Fault::LabelOffByOne { left, .. } = &mut fault {
+        *left = to;
+    }
+    fault
+}
+
+fn wrapping(mut fault: Fault, to: bool) -> Fault {
+    if let Fault::LabelOffByOne { wraps, .. } = &mut fault {
+        *wraps = to;
+    }
+    fault
+}
+
+fn evenly(mut fault: Fault) -> Fault {
+    if let Fault::DqNotReduced { split, .. } | Fault::DkNotReduced { split, .. } | Fault::LocalLse(split) = &mut fault {
+        split.even = true;
+    }
+    fault
+}
+
+fn counting_masked(mut fault: Fault, to: bool) -> Fault {
+    if let Fault::GradientFilter(filter) = &mut fault {
+        filter.masked_count = to;
+    }
+    fault
+}
+
+fn per_shard_of(mut fault: Fault, gradients: Gradients) -> Fault {
+    if let Fault::LabelPerShard { of, .. } = &mut fault {
+        *of = gradients;
     }
     fault
 }
@@ -91,7 +166,7 @@ impl Fault {
         let variants =
             VARIANTS.iter().filter(|(slug, ..)| *slug == self.slug()).map(|(_, name, word, _)| format!("{name}={word}"));
         let numbers = self.parameters().into_iter().filter(|(_, value)| value.is_number()).map(|(name, _)| name);
-        let widths = matches!(self, Fault::DkAccumulateBf16 { .. } | Fault::DqAccumulateBf16 { .. }).then(|| "width".to_owned());
+        let widths = matches!(self, Fault::DkAccumulateBf16(_) | Fault::DqAccumulateBf16(_)).then(|| "width".to_owned());
         let flags = self.parameters().into_iter().filter(|(_, v)| v.is_boolean()).map(|(name, _)| format!("{name}=true|false"));
         numbers.chain(widths).chain(flags).chain(variants).collect()
     }
@@ -110,11 +185,10 @@ impl Fault {
                     "hits_rounded",
                 )
                 | (
-                    Fault::DkAccumulateBf16 { parts_rounded: field, .. }
-                    | Fault::DkAccumulateBf16ByWidth { parts_rounded: field, .. }
-                    | Fault::DkAccumulateBf16OverProcesses { parts_rounded: field, .. }
-                    | Fault::DqAccumulateBf16 { parts_rounded: field, .. }
-                    | Fault::DqAccumulateBf16ByWidth { parts_rounded: field, .. },
+                    Fault::DkAccumulateBf16(Bf16Sum { parts_rounded: field, .. })
+                    | Fault::DkAccumulateBf16OverProcesses { sum: Bf16Sum { parts_rounded: field, .. }, .. }
+                    | Fault::DkAccumulateBf16OverMicrobatches { parts_rounded: field }
+                    | Fault::DqAccumulateBf16(Bf16Sum { parts_rounded: field, .. }),
                     "parts_rounded",
                 ) => *field = flag,
                 _ => return None,
@@ -123,6 +197,13 @@ impl Fault {
         }
         let value: f64 = value.parse().ok().filter(|v: &f64| v.is_finite())?;
         match (&mut changed, name) {
+            (Fault::ApproximateExpLog(Approximation::Significand(Significand { coefficients, .. })), name)
+                if COEFFICIENTS.contains(&name) =>
+            {
+                let place = COEFFICIENTS.iter().position(|c| *c == name)?;
+                coefficients[place] = value;
+                return Some(changed);
+            }
             (Fault::GradientFilter(filter), "eps") if value > 0.0 => {
                 filter.eps = value;
                 return Some(changed);
@@ -141,26 +222,18 @@ impl Fault {
             (Fault::LseTileMissing { index: field, .. }, "index")
             | (Fault::DqNotReduced { shard: field, .. } | Fault::DkNotReduced { shard: field, .. }, "shard") => *field = whole,
             _ if whole == 0 => return None,
-            (Fault::DkAccumulateBf16 { parts_rounded, .. }, "width") => {
-                changed = Fault::DkAccumulateBf16ByWidth { width: whole, parts_rounded: *parts_rounded };
-            }
-            (Fault::DqAccumulateBf16 { parts_rounded, .. }, "width") => {
-                changed = Fault::DqAccumulateBf16ByWidth { width: whole, parts_rounded: *parts_rounded };
-            }
+            (Fault::DkAccumulateBf16(sum) | Fault::DqAccumulateBf16(sum), "width") => sum.chunks = Chunks::Width(whole),
             (Fault::LabelScatterBf16 { hits_rounded, onto }, "processes") => {
                 let over = ProcessSum { processes: whole, bf16: false };
                 changed = Fault::LabelScatterBf16OverProcesses { hits_rounded: *hits_rounded, onto: *onto, over };
             }
-            (Fault::DkAccumulateBf16 { chunks, parts_rounded }, "processes") => {
+            (Fault::DkAccumulateBf16(sum), "processes") => {
                 let over = ProcessSum { processes: whole, bf16: false };
-                changed = Fault::DkAccumulateBf16OverProcesses { chunks: *chunks, parts_rounded: *parts_rounded, over };
+                changed = Fault::DkAccumulateBf16OverProcesses { sum: *sum, over };
             }
-            (
-                Fault::DkAccumulateBf16 { chunks: field, .. } | Fault::DkAccumulateBf16OverProcesses { chunks: field, .. },
-                "chunks",
-            )
-            | (Fault::DqAccumulateBf16 { tiles: field, .. }, "tiles")
-            | (Fault::VocabPadUnmasked { pad: field }, "pad")
+            (Fault::DkAccumulateBf16(sum) | Fault::DkAccumulateBf16OverProcesses { sum, .. }, "chunks")
+            | (Fault::DqAccumulateBf16(sum), "tiles") => sum.chunks = Chunks::Number(whole),
+            (Fault::VocabPadUnmasked { pad: field }, "pad")
             | (Fault::GradientFilter(Filter { tokens: field, .. }), "token_tile")
             | (Fault::GradientFilter(Filter { ids: field, .. }), "vocab_tile")
             | (
@@ -172,10 +245,10 @@ impl Fault {
                 "tile",
             )
             | (
-                Fault::DqNotReduced { shards: field, .. }
-                | Fault::DkNotReduced { shards: field, .. }
-                | Fault::LocalLse { shards: field }
-                | Fault::LabelPerShard { shards: field },
+                Fault::DqNotReduced { split: Split { shards: field, .. }, .. }
+                | Fault::DkNotReduced { split: Split { shards: field, .. }, .. }
+                | Fault::LocalLse(Split { shards: field, .. })
+                | Fault::LabelPerShard { shards: field, .. },
                 "shards",
             ) => *field = whole,
             (Fault::GradientFilter(filter), "tile") => (filter.tokens, filter.ids) = (whole, whole),
@@ -195,30 +268,40 @@ impl Fault {
             Fault::LabelScatterBf16 { hits_rounded, onto } => {
                 vec![("hits_rounded", hits_rounded.into()), ("onto", scattered_onto(onto).into())]
             }
-            Fault::DkAccumulateBf16 { chunks, parts_rounded } => {
-                vec![("chunks", chunks.into()), ("parts_rounded", parts_rounded.into())]
+            Fault::LabelLogitBf16(label_logit) => match label_logit {
+                LabelLogit::Exact => vec![],
+                LabelLogit::Rounded => vec![("rounded", "sum".into())],
+                LabelLogit::OfRoundedProducts => vec![("rounded", "products".into())],
+                LabelLogit::RunningSum { products_rounded: false } => vec![("rounded", "running-sum".into())],
+                LabelLogit::RunningSum { products_rounded: true } => vec![("rounded", "running-sum-and-products".into())],
+            },
+            Fault::LseBf16(rounded) => match rounded {
+                LseRounded::Nowhere => vec![],
+                LseRounded::Backward => vec![("seen_by", "backward".into())],
+                LseRounded::Output => vec![("seen_by", "output".into())],
+                LseRounded::Loss => vec![("seen_by", "loss".into())],
+            },
+            Fault::DlogitsBf16 { label } => {
+                vec![("label", if label == LabelTerm::Joint { "joint" } else { "apart" }.into())]
             }
+            Fault::DkAccumulateBf16(sum) => chunks(sum, "chunks").into(),
             Fault::LabelScatterBf16OverProcesses { hits_rounded, onto, over } => vec![
                 ("hits_rounded", hits_rounded.into()),
                 ("onto", scattered_onto(onto).into()),
                 ("processes", over.processes.into()),
                 ("processes_added_in", if over.bf16 { "bf16" } else { "f32" }.into()),
             ],
-            Fault::DkAccumulateBf16ByWidth { width, parts_rounded } => {
-                vec![("width", width.into()), ("parts_rounded", parts_rounded.into())]
+            Fault::DkAccumulateBf16OverProcesses { sum, over } => {
+                let processes = ("processes", over.processes.into());
+                let added_in = ("processes_added_in", if over.bf16 { "bf16" } else { "f32" }.into());
+                chunks(sum, "chunks").into_iter().chain([processes, added_in]).collect()
             }
-            Fault::DkAccumulateBf16OverProcesses { chunks, parts_rounded, over } => vec![
-                ("chunks", chunks.into()),
-                ("parts_rounded", parts_rounded.into()),
-                ("processes", over.processes.into()),
-                ("processes_added_in", if over.bf16 { "bf16" } else { "f32" }.into()),
+            Fault::GradientFilter(Filter { eps, tokens, ids, masked_count }) => vec![
+                ("eps", eps.into()),
+                ("token_tile", tokens.into()),
+                ("vocab_tile", ids.into()),
+                ("masked", if masked_count { "count" } else { "left-out" }.into()),
             ],
-            Fault::DqAccumulateBf16ByWidth { width, parts_rounded } => {
-                vec![("width", width.into()), ("parts_rounded", parts_rounded.into())]
-            }
-            Fault::GradientFilter(Filter { eps, tokens, ids }) => {
-                vec![("eps", eps.into()), ("token_tile", tokens.into()), ("vocab_tile", ids.into())]
-            }
             Fault::ApproximateExpLog(approximation) => match approximation {
                 Approximation::None => vec![],
                 Approximation::Log { degree } => vec![("of", "log".into()), ("degree", degree.into())],
@@ -228,11 +311,24 @@ impl Fault {
                 Approximation::ExpBf16 { in_backward } => {
                     vec![("of", if in_backward { "exp in bf16" } else { "exp in bf16 in lse" }.into())]
                 }
+                Approximation::Significand(Significand { coefficients, lse_as_recorded }) => {
+                    let of =
+                        [("of", "exp2-polynomial".into()), ("lse", if lse_as_recorded { "as recorded" } else { "by it" }.into())];
+                    let degree = coefficients.iter().rposition(|&c| c != 0.0).unwrap_or(0);
+                    let coefficients = COEFFICIENTS.into_iter().zip(coefficients).take(degree + 1);
+                    of.into_iter().chain(coefficients.map(|(name, c)| (name, c.into()))).collect()
+                }
                 Approximation::AsRecorded => vec![("of", "lse, by an unknown formula".into())],
             },
-            Fault::DkAccumulateBf16OverMicrobatches => vec![("over", "microbatches".into())],
-            Fault::DqAccumulateBf16 { tiles, parts_rounded } => {
-                vec![("tiles", tiles.into()), ("parts_rounded", parts_rounded.into())]
+            Fault::DkAccumulateBf16OverMicrobatches { parts_rounded } => {
+                vec![("over", "microbatches".into()), ("parts_rounded", parts_rounded.into())]
+            }
+            Fault::DqAccumulateBf16(sum) => chunks(sum, "tiles").into(),
+            Fault::LabelOffByOne { left, wraps } => {
+                vec![("to", if left { "left" } else { "right" }.into()), ("beyond", if wraps { "wraps" } else { "lost" }.into())]
+            }
+            Fault::ValidVocabIgnored(padding) => {
+                vec![("in", if padding == Padding::InBackward { "backward" } else { "both" }.into())]
             }
             Fault::VocabPadUnmasked { pad } => vec![("pad", pad.into())],
             Fault::VocabTailDropped { tile } | Fault::TokenTailDropped { tile } => vec![("tile", tile.into())],
@@ -243,19 +339,45 @@ impl Fault {
             Fault::DqCotangentMissingAll | Fault::DkCotangentMissingAll => vec![("missing", "g".into())],
             Fault::LastMicrobatchOnly => vec![("divided", "by microbatches".into())],
             Fault::LastMicrobatchOnlyUndivided => vec![("divided", "no".into())],
-            Fault::LogitScaleIgnored => vec![("missing", "factor".into())],
-            Fault::LogitScaleIgnoredInLogits => vec![("missing", "all".into())],
+            Fault::LogitScaleIgnored(scale) => match scale {
+                ScaleInBackward::Right => vec![],
+                ScaleInBackward::NoFactor => vec![("missing", "factor".into())],
+                ScaleInBackward::One => vec![("missing", "all".into())],
+                ScaleInBackward::OneInLseToo => vec![("missing", "all-in-lse-too".into())],
+            },
             Fault::LseTileMissing { tile, index } => vec![("tile", tile.into()), ("index", index.into())],
             Fault::NotAveraged { factor } | Fault::DqCotangentMissing { factor } | Fault::DkCotangentMissing { factor } => {
                 vec![("factor", factor.into())]
             }
             Fault::NotAveragedOverMicrobatches { factor } => vec![("factor", factor.into()), ("over", "microbatches".into())],
-            Fault::DqNotReduced { shards, shard } | Fault::DkNotReduced { shards, shard } => {
-                vec![("shards", shards.into()), ("shard", shard.into())]
+            Fault::DqNotReduced { split, shard } | Fault::DkNotReduced { split, shard } => {
+                std::iter::once(("shard", shard.into())).chain(shards(split)).collect()
             }
-            Fault::LocalLse { shards } | Fault::LabelPerShard { shards } => vec![("shards", shards.into())],
+            Fault::LocalLse(split) => shards(split).into(),
+            Fault::LabelPerShard { shards, of } => {
+                let of = match of {
+                    Gradients::Dq => "dq",
+                    Gradients::Dk => "dk",
+                    Gradients::Both => "both",
+                };
+                vec![("shards", shards.into()), ("of", of.into())]
+            }
             _ => vec![],
         };
         pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
+}
+
+type Parameter = (&'static str, Value);
+
+fn chunks(sum: Bf16Sum, name: &'static str) -> [Parameter; 2] {
+    let cut = match sum.chunks {
+        Chunks::Number(number) => (name, number.into()),
+        Chunks::Width(width) => ("width", width.into()),
+    };
+    [cut, ("parts_rounded", sum.parts_rounded.into())]
+}
+
+fn shards(split: Split) -> [Parameter; 2] {
+    [("shards", split.shards.into()), ("split", if split.even { "even" } else { "equal" }.into())]
 }

@@ -27,15 +27,30 @@ pub enum Approximation {
         /// In the backward's P too, or in lse alone.
         in_backward: bool,
     },
+    /// The exponentials, in P too: 2^⌊y⌋ times a given polynomial of y − ⌊y⌋, of y = x·log₂e.
+    Significand(Significand),
     /// By a formula that is not known: lse is the one recorded.
     AsRecorded,
 }
 
+/// Coefficients of a [`Significand`] at most.
+pub const SIGNIFICAND_TERMS: usize = 6;
+
+/// A polynomial for 2^f, 0 ≤ f < 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Significand {
+    /// Of 1, f, f², …
+    pub coefficients: [f64; SIGNIFICAND_TERMS],
+    /// Whether lse is the one recorded, and not what the polynomial makes of all exponentials at once.
+    pub lse_as_recorded: bool,
+}
+
 /// An exponential.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Exp {
     Exact,
     Polynomial(usize),
+    Significand([f64; SIGNIFICAND_TERMS]),
     Bf16,
 }
 
@@ -45,6 +60,7 @@ impl Approximation {
         match self {
             Approximation::Exp { degree, .. } => Exp::Polynomial(degree),
             Approximation::ExpBf16 { .. } => Exp::Bf16,
+            Approximation::Significand(significand) => Exp::Significand(significand.coefficients),
             _ => Exp::Exact,
         }
     }
@@ -52,9 +68,16 @@ impl Approximation {
     /// The exponential that makes P in the backward.
     pub(super) fn backward(self) -> Exp {
         match self {
-            Approximation::Exp { in_backward: true, .. } | Approximation::ExpBf16 { in_backward: true } => self.forward(),
+            Approximation::Exp { in_backward: true, .. }
+            | Approximation::ExpBf16 { in_backward: true }
+            | Approximation::Significand(_) => self.forward(),
             _ => Exp::Exact,
         }
+    }
+
+    /// Whether lse is the one recorded.
+    pub(super) fn lse_as_recorded(self) -> bool {
+        matches!(self, Approximation::AsRecorded | Approximation::Significand(Significand { lse_as_recorded: true, .. }))
     }
 
     /// log x.
@@ -72,11 +95,21 @@ impl Exp {
             Exp::Exact => x.exp(),
             Exp::Bf16 => bf16(x.exp()),
             Exp::Polynomial(degree) => {
-                let y = (x * LOG2_E).max(-1000.0);
-                y.floor().exp2() * polynomials().exp2[degree.min(MOST_DEGREE)].at(y - y.floor())
+                let (power, f) = split(x);
+                power * polynomials().exp2[degree.min(MOST_DEGREE)].at(f)
+            }
+            Exp::Significand(coefficients) => {
+                let (power, f) = split(x);
+                power * coefficients.iter().rev().fold(0.0, |sum, c| sum * f + c)
             }
         }
     }
+}
+
+/// exp x = 2^⌊y⌋ · 2^f: the power of two, and f.
+pub(super) fn split(x: f64) -> (f64, f64) {
+    let y = (x * LOG2_E).max(-1000.0);
+    (y.floor().exp2(), y - y.floor())
 }
 
 const MOST_DEGREE: usize = 12;

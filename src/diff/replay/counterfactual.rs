@@ -6,6 +6,7 @@ use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, Problem};
 use fused_xent_kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
 use ndarray::Array2;
+use std::ops::Range;
 
 /// Where the label's term goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,8 +15,13 @@ pub enum LabelPlace {
     Right,
     /// Nowhere.
     Missing,
-    /// To the column after it (the last wraps to the first).
-    OffByOne,
+    /// To the column beside it.
+    Beside {
+        /// The one before it, and not the one after.
+        left: bool,
+        /// Whether what lies beyond the first or last column comes out at the other end, or is lost.
+        wraps: bool,
+    },
     /// Nowhere if the id is at an edge of a tile.
     MissingOnTileEdge {
         /// Vocab ids of a tile.
@@ -23,8 +29,68 @@ pub enum LabelPlace {
         /// Whether it is the tile's last id that loses its label, and not the first.
         last: bool,
     },
-    /// To the label's column, once for each of so many shards.
-    Repeated(usize),
+}
+
+/// How the label logit of the loss is summed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LabelLogit {
+    /// In high precision.
+    Exact,
+    /// In high precision, then rounded to bf16.
+    Rounded,
+    /// From products rounded to bf16, in high precision, then rounded.
+    OfRoundedProducts,
+    /// In bf16: the running sum is rounded after each product.
+    RunningSum {
+        /// Whether a product is rounded before it is added.
+        products_rounded: bool,
+    },
+}
+
+/// Who sees lse rounded to bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LseRounded {
+    /// Nobody.
+    Nowhere,
+    /// The backward.
+    Backward,
+    /// Whoever reads lse after the forward, the backward too; the loss is formed from the exact one.
+    Output,
+    /// The loss, too.
+    Loss,
+}
+
+/// In which passes columns beyond `valid_vocab` take part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// In none.
+    TakesNoPart,
+    /// In the backward, with the lse of the valid ones.
+    InBackward,
+    /// In both.
+    InBoth,
+}
+
+/// How rows are split over shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// How many shards there are.
+    pub shards: usize,
+    /// As evenly as whole rows allow; else every shard has as many rows as the first, and the last what is left.
+    pub even: bool,
+}
+
+impl Split {
+    /// The rows of a shard, of so many.
+    pub fn range(self, shard: usize, of: usize) -> Range<usize> {
+        let at = |shard: usize| if self.even { of * shard / self.shards } else { (shard * of.div_ceil(self.shards)).min(of) };
+        at(shard)..at(shard + 1)
+    }
+
+    /// The shard that has a row, of so many.
+    pub(super) fn shard_of(self, row: usize, of: usize) -> usize {
+        if self.even { ((row + 1) * self.shards).div_ceil(of) - 1 } else { row / of.div_ceil(self.shards).max(1) }
+    }
 }
 
 /// What masked tokens do in the backward.
@@ -85,8 +151,10 @@ pub enum ScaleInBackward {
     Right,
     /// The chain factor is left out.
     NoFactor,
-    /// Nothing: logits, too, are computed as if it were 1.
+    /// Nothing: logits, too, are computed as if it were 1, and meet the lse of the forward.
     One,
+    /// Nothing, and lse is that of such logits.
+    OneInLseToo,
 }
 
 /// Tiles of dlogits that the backward skips.
@@ -98,6 +166,8 @@ pub struct Filter {
     pub tokens: usize,
     /// Vocab ids of a tile.
     pub ids: usize,
+    /// Whether masked tokens count as if they took part, without a label.
+    pub masked_count: bool,
 }
 
 /// How dK is summed over processes: each sums its own tokens, an equal share of them, and then the processes are added.
@@ -116,11 +186,30 @@ impl ProcessSum {
     }
 }
 
+/// How a sum is cut into chunks; the last may be shorter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chunks {
+    /// So many of one width.
+    Number(usize),
+    /// Of this width.
+    Width(usize),
+}
+
+impl Chunks {
+    /// Terms per chunk, of so many.
+    pub fn width(self, of: usize) -> usize {
+        match self {
+            Chunks::Number(number) => of.div_ceil(number).max(1),
+            Chunks::Width(width) => width,
+        }
+    }
+}
+
 /// How a sum over chunks is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bf16Sum {
-    /// Terms per chunk; the last may be shorter.
-    pub width: usize,
+    /// How the terms are cut into chunks.
+    pub chunks: Chunks,
     /// Whether a chunk's own sum is rounded before it is added.
     pub parts_rounded: bool,
 }
@@ -132,22 +221,24 @@ pub struct Counterfactual {
     pub forward_logits: Precision,
     /// See `forward_logits`.
     pub backward_logits: Precision,
-    /// Label logit summed in bf16 for the loss.
-    pub label_logit_bf16: bool,
+    /// The label logit of the loss.
+    pub label_logit: LabelLogit,
     /// lse − z_t subtracted in bf16.
     pub loss_subtract_bf16: bool,
     /// Zero columns that enter lse.
     pub padding_in_lse: usize,
     /// Vocab ids that lse does not see, [start, end).
     pub lse_misses: Option<(usize, usize)>,
-    /// Precision in which the backward gets lse.
-    pub stored_lse: Precision,
-    /// Each of so many vocab shards normalises by its own lse.
-    pub local_lse_shards: usize,
-    /// Whether columns beyond `valid_vocab` take part.
-    pub padding_takes_part: bool,
+    /// Who sees lse rounded to bf16.
+    pub lse_rounded: LseRounded,
+    /// Each vocab shard normalises by its own lse.
+    pub local_lse: Option<Split>,
+    /// Columns beyond `valid_vocab`.
+    pub padding: Padding,
     /// The label's term.
     pub label: LabelPlace,
+    /// How often it counts in dQ, and in dK.
+    pub label_counts: [f64; 2],
     /// Masked tokens.
     pub masked: MaskedTokens,
     /// Per-token factor.
@@ -162,18 +253,20 @@ pub struct Counterfactual {
     pub scale: ScaleInBackward,
     /// Precision of dlogits in the gradient products.
     pub dlogits: Precision,
+    /// Whether that rounding takes the label's term in.
+    pub label_in_dlogits: bool,
     /// P kept in bf16, and 1 taken off at the label in bf16.
     pub p_minus_one_bf16: bool,
     /// g·q rounded to bf16 before the product for dK.
     pub gq_bf16: bool,
     /// Entries of dlogits from this vocab id on are 0 in the backward.
     pub vocab_end: Option<usize>,
-    /// Entries of dlogits from this token on are 0 in the backward.
-    pub token_end: Option<usize>,
-    /// Only these vocab ids contribute to dQ.
-    pub dq_vocab: Option<(usize, usize)>,
-    /// Only these tokens contribute to dK.
-    pub dk_tokens: Option<(usize, usize)>,
+    /// Entries of dlogits of the tokens after the last whole tile of so many are 0 in the backward.
+    pub token_tile: Option<usize>,
+    /// Only this shard's vocab ids contribute to dQ.
+    pub dq_shard: Option<(Split, usize)>,
+    /// Only this shard's tokens contribute to dK.
+    pub dk_shard: Option<(Split, usize)>,
     /// Constant factors.
     pub dq_factor: f64,
     /// See `dq_factor`.
@@ -206,6 +299,8 @@ pub struct Counterfactual {
     pub last_microbatch_only: bool,
     /// dK accumulated in bf16 over microbatches.
     pub microbatches_bf16: bool,
+    /// Whether a microbatch's share is rounded before it is added.
+    pub microbatches_rounded: bool,
 }
 
 impl Default for Counterfactual {
@@ -213,14 +308,15 @@ impl Default for Counterfactual {
         Self {
             forward_logits: Precision::F64,
             backward_logits: Precision::F64,
-            label_logit_bf16: false,
+            label_logit: LabelLogit::Exact,
             loss_subtract_bf16: false,
             padding_in_lse: 0,
             lse_misses: None,
-            stored_lse: Precision::F64,
-            local_lse_shards: 1,
-            padding_takes_part: false,
+            lse_rounded: LseRounded::Nowhere,
+            local_lse: None,
+            padding: Padding::TakesNoPart,
             label: LabelPlace::Right,
+            label_counts: [1.0; 2],
             masked: MaskedTokens::TakeNoPart,
             token_factor: TokenFactor::Right,
             no_softcap_derivative: (false, false),
@@ -228,12 +324,13 @@ impl Default for Counterfactual {
             no_label_smoothing: false,
             scale: ScaleInBackward::Right,
             dlogits: Precision::F64,
+            label_in_dlogits: false,
             p_minus_one_bf16: false,
             gq_bf16: false,
             vocab_end: None,
-            token_end: None,
-            dq_vocab: None,
-            dk_tokens: None,
+            token_tile: None,
+            dq_shard: None,
+            dk_shard: None,
             dq_factor: 1.0,
             dk_factor: 1.0,
             dq_without_g: false,
@@ -250,6 +347,7 @@ impl Default for Counterfactual {
             accumulated_factor: 1.0,
             last_microbatch_only: false,
             microbatches_bf16: false,
+            microbatches_rounded: false,
         }
     }
 }
@@ -265,13 +363,24 @@ impl Counterfactual {
         if self.last_microbatch_only {
             total.assign(&(own * factor));
         } else if self.microbatches_bf16 && m > 0 {
-            total.zip_mut_with(own, |total, &own| *total = bf16(*total + bf16(own * factor)));
+            let part = |own: f64| if self.microbatches_rounded { bf16(own * factor) } else { own * factor };
+            total.zip_mut_with(own, |total, &own| *total = bf16(*total + part(own)));
         } else {
             total.scaled_add(factor, own);
         }
         if self.microbatches_bf16 {
             total.mapv_inplace(bf16);
         }
+    }
+
+    /// The cotangents of lse and of the label logits in microbatch `m`, whose lse is given, where a loss is made of these.
+    pub fn recorded_cotangents(&self, step: &Step, m: usize, lse: &[f64]) -> [Vec<f32>; 2] {
+        let problem = &step.microbatches[m].problem;
+        let g = self.cotangents(problem, self.own_factor(step, m));
+        let z_loss = if self.no_z_loss_gradient { 0.0 } else { problem.options().z_loss };
+        let smoothing = if self.no_label_smoothing { 0.0 } else { problem.options().label_smoothing };
+        let of_lse = g.iter().zip(lse).map(|(g, lse)| (g * (1.0 + 2.0 * z_loss * lse)) as f32).collect();
+        [of_lse, g.iter().map(|g| (-g * (1.0 - smoothing)) as f32).collect()]
     }
 
     pub(super) fn own_factor(&self, step: &Step, m: usize) -> f64 {

@@ -4,16 +4,17 @@
 //! logits are held. Which lse a hypothesis makes is a matter of a few log-sum-exps per token ([`Reading`]): the reference's is
 //! known from the start, any other is learnt on demand, in one pass over all logits for as many as are asked for.
 
-use super::approximate::Exp;
+use super::approximate::{Approximation, Exp, SIGNIFICAND_TERMS, split};
 use super::filter::{Skipped, by_token_tile};
 use super::sums::UnembeddingSum;
+use super::ties::{self, NearTies, Ties, TokenErrors};
 use super::token::{Known, Of, Reading, Replay, Token, TokenForward, TokenLogits};
 use super::{Counterfactual, Filter, Outcome, Wanted};
 use crate::diff::step::Step;
 use fused_xent_kernels::contract::Precision;
 use fused_xent_kernels::problem::{Label, Problem, Sample, Shape};
 use fused_xent_kernels::reference::{self, Gradients};
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -108,10 +109,11 @@ impl<'a> Excerpt<'a> {
 
     /// Whether rows of dK can be replayed under `how` with what is known.
     pub fn knows(&self, how: &Counterfactual) -> bool {
-        self.missing(how).is_empty() && (how.filter.is_none() || self.largest_under(how).is_some())
+        self.missing(how).is_empty() && (how.filter.is_none() || self.tile_sizes(how).is_some())
     }
 
-    fn largest_under(&self, how: &Counterfactual) -> Option<&Array2<f64>> {
+    /// The largest |dlogits/g| of each tile of a filter, [token tiles, vocab tiles], where they were learnt.
+    pub fn tile_sizes(&self, how: &Counterfactual) -> Option<&Array2<f64>> {
         let key = of_any_eps(how);
         self.largest.iter().find(|(how, _)| *how == key).map(|(_, largest)| largest)
     }
@@ -147,7 +149,7 @@ impl<'a> Excerpt<'a> {
             }
         }
         for how in computations {
-            let Some(filter) = how.filter.filter(|_| self.largest_under(how).is_none()) else { continue };
+            let Some(filter) = how.filter.filter(|_| self.tile_sizes(how).is_none()) else { continue };
             // Tiles that hold whole smaller ones are learnt from these: one pass serves many sizes.
             let whole = filter.tokens.is_multiple_of(SMALL_TILE) && filter.ids.is_multiple_of(SMALL_TILE);
             let small = Filter { tokens: SMALL_TILE, ids: SMALL_TILE, ..filter };
@@ -157,11 +159,11 @@ impl<'a> Excerpt<'a> {
                 continue;
             }
             let of_small = Counterfactual { filter: Some(small), ..*how };
-            if self.largest_under(&of_small).is_none() {
+            if self.tile_sizes(&of_small).is_none() {
                 let largest = self.largest_of_tiles(&of_small, small);
                 self.largest.push((of_any_eps(&of_small), largest));
             }
-            if let Some(largest) = self.largest_under(&of_small).filter(|_| small != filter) {
+            if let Some(largest) = self.tile_sizes(&of_small).filter(|_| small != filter) {
                 let larger = pooled(largest, filter.tokens / SMALL_TILE, filter.ids / SMALL_TILE);
                 self.largest.push((of_any_eps(how), larger));
             }
@@ -195,6 +197,97 @@ impl<'a> Excerpt<'a> {
     /// Tokens, without their logits.
     fn tokens(&self, replay: &Replay, tokens: Range<usize>) -> Vec<Token> {
         tokens.into_par_iter().map(|n| replay.token(TokenLogits { n, row: None, known: &self.known })).collect()
+    }
+
+    /// What vocab ids up to each of `borders` add to rows of dQ, whose places are given, in the first `features`.
+    pub fn cumulated_d_hidden(&self, places: &[usize], borders: &[usize], features: usize) -> Vec<CumulatedRow> {
+        let right = Counterfactual::default();
+        let replay = Replay::new(&right, self.step, self.m);
+        let numbers = self.sample.tokens();
+        let tokens: Vec<Token> = places.iter().flat_map(|&i| self.tokens(&replay, numbers[i]..numbers[i] + 1)).collect();
+        let label = |token: &Token| {
+            let column = token.label.column?;
+            Some((
+                column,
+                token.label.value * &first_features(&reference::unembedding_rows(replay.problem, column..column + 1), features),
+            ))
+        };
+        let mut out: Vec<CumulatedRow> =
+            tokens.iter().map(|token| CumulatedRow::new(label(token).into_iter().collect())).collect();
+        let pieces: Vec<Vec<(f64, Array1<f64>)>> = borders
+            .par_windows(2)
+            .map(|ids| {
+                let k = reference::unembedding_rows(replay.problem, ids[0]..ids[1]);
+                let k = k.slice(s![.., ..features.min(k.ncols())]);
+                let of_token = |(token, &place): (&Token, &usize)| {
+                    let z = self.of_tokens.slice(s![place, ids[0]..ids[1]]);
+                    let dlogits: Array1<f64> = z.indexed_iter().map(|(i, &z)| replay.dlogits(token, ids[0] + i, z)).collect();
+                    let mass = z.iter().take(replay.valid_from(ids[0])).map(|z| (z - token.lse()).exp()).sum();
+                    (mass, dlogits.dot(&k))
+                };
+                tokens.iter().zip(places).map(of_token).collect()
+            })
+            .collect();
+        for (piece, end) in pieces.into_iter().zip(&borders[1..]) {
+            out.iter_mut().zip(piece).for_each(|(row, (mass, sum))| row.push(*end, mass, &sum));
+        }
+        out
+    }
+
+    /// A row of dQ, whose place is given, in the first `features`, if exp were 2^⌊y⌋ times a polynomial of y − ⌊y⌋: the terms that
+    /// each of its coefficients multiplies, and all others.
+    pub fn significand_terms(&self, place: usize, recorded_lse: bool, features: usize) -> (Vec<Array1<f64>>, Array1<f64>) {
+        let approximation = if recorded_lse { Approximation::AsRecorded } else { Approximation::None };
+        let how = Counterfactual { approximation, ..Counterfactual::default() };
+        let replay = Replay::new(&how, self.step, self.m);
+        let (n, row) = (self.sample.tokens()[place], self.of_tokens.row(place));
+        let token = replay.token(TokenLogits { n, row: Some(row), known: &self.known });
+        let valid = replay.valid_from(0);
+        let features = features.min(replay.problem.shape().hidden);
+        let of_piece = |start: usize| {
+            let ids = start..(start + PIECE).min(valid);
+            let mut weights = Array2::zeros((SIGNIFICAND_TERMS + 1, ids.len()));
+            for (mut weights, &z) in weights.axis_iter_mut(Axis(1)).zip(row.slice(s![ids.clone()])) {
+                let ((power, f), (factor, constant)) = (split(z - token.lse()), replay.around_p(&token, z));
+                (0..SIGNIFICAND_TERMS).fold(factor * power, |term, k| {
+                    weights[k] = term;
+                    term * f
+                });
+                weights[SIGNIFICAND_TERMS] = constant;
+            }
+            if let Some(column) = token.label.column.filter(|column| ids.contains(column)) {
+                weights[[SIGNIFICAND_TERMS, column - ids.start]] += token.label.value;
+            }
+            weights.dot(&reference::unembedding_rows(replay.problem, ids).slice(s![.., ..features]))
+        };
+        let starts: Vec<usize> = (0..valid).step_by(PIECE).collect();
+        let nothing = || Array2::zeros((SIGNIFICAND_TERMS + 1, features));
+        let sums = starts.into_par_iter().map(of_piece).reduce(nothing, |a, b| a + b);
+        let mut rows: Vec<Array1<f64>> = sums.outer_iter().map(|row| row.to_owned()).collect();
+        let others = rows.pop().expect("the last row");
+        (rows, others)
+    }
+
+    /// What tokens up to each of `borders` add to rows of dK, whose places are given, in the first `features`.
+    pub fn cumulated_d_unembedding(&self, places: &[usize], borders: &[usize], features: usize) -> Vec<CumulatedRow> {
+        let right = Counterfactual::default();
+        let replay = Replay::new(&right, self.step, self.m);
+        let mut out: Vec<CumulatedRow> = places.iter().map(|_| CumulatedRow::new(vec![])).collect();
+        for ends in borders.windows(2) {
+            let q = reference::hidden_rows(replay.problem, ends[0]..ends[1]);
+            let q = q.slice(s![.., ..features.min(q.ncols())]);
+            let tokens = self.tokens(&replay, ends[0]..ends[1]);
+            for (row, &place) in out.iter_mut().zip(places) {
+                let id = self.sample.ids()[place];
+                let dlogits = |(i, token): (usize, &Token)| {
+                    let label = if token.label.column == Some(id) { token.label.value } else { 0.0 };
+                    replay.dlogits(token, id, self.of_ids[[place, ends[0] + i]]) + label
+                };
+                let dlogits: Array1<f64> = tokens.iter().enumerate().map(dlogits).collect();
+                row.push(ends[1], 0.0, &dlogits.dot(&q));
+            }
+        }
+        out
     }
 
     /// What `how` makes of `rows`; they were [learnt](Self::learn) for it if dK is wanted.
@@ -243,9 +336,48 @@ impl<'a> Excerpt<'a> {
         Outcome::new(&forward, gradients)
     }
 
+    /// What near ties may change in what [`replay`](Self::replay) gives, before any sum is kept in bf16.
+    pub fn ties(&self, how: &Counterfactual, rows: &Rows, wanted: Wanted) -> Ties {
+        let replay = Replay::new(how, self.step, self.m);
+        let near = NearTies::new(&replay);
+        let mut out = Ties::none(rows.tokens.len(), rows.ids.len());
+        let logits = |place: usize| {
+            let row = Some(self.of_tokens.row(place));
+            TokenLogits { n: self.sample.tokens()[place], row, known: &self.known }
+        };
+        let forward: Vec<[f64; 3]> = rows.tokens.par_iter().map(|&place| near.forward(logits(place))).collect();
+        out.set_forward(0, &forward);
+        if !how.rounds_dlogits() {
+            return out;
+        }
+        let with_errors = |n: usize, token: Token| (near.token(n, token.lse()), token);
+        if wanted.d_hidden {
+            let token = |&place: &usize| with_errors(self.sample.tokens()[place], replay.token(logits(place)));
+            let tokens: Vec<(TokenErrors, Token)> = rows.tokens.par_iter().map(token).collect();
+            out.hidden = ties::over_vocab(&replay, tokens.len(), |i, v| {
+                let (errors, token) = &tokens[i];
+                near.dlogits(errors, token, v, self.of_tokens[[rows.tokens[i], v]])
+            });
+        }
+        if wanted.d_unembedding {
+            let all = replay.problem.shape().tokens;
+            for some in (0..all).step_by(PIECE).map(|start| start..(start + PIECE).min(all)) {
+                let tokens = self.tokens(&replay, some.clone()).into_iter().zip(some.clone());
+                let tokens: Vec<(TokenErrors, Token)> = tokens.map(|(token, n)| with_errors(n, token)).collect();
+                let q = ties::squares(&reference::hidden_rows(replay.problem, some.clone()));
+                out.unembedding.par_iter_mut().zip(&rows.ids).for_each(|(sum, &place)| {
+                    let (id, z) = (self.sample.ids()[place], self.of_ids.slice(s![place, some.clone()]));
+                    let ties = |((errors, token), &z): (&(TokenErrors, Token), &f64)| near.dlogits(errors, token, id, z);
+                    *sum += tokens.iter().zip(z).map(ties).zip(&q).map(|(ties, q)| ties * q).sum::<f64>();
+                });
+            }
+        }
+        out.scaled(how)
+    }
+
     /// What is skipped of some tokens; while the tiles of all are not known, as if each token were a tile's only one.
     fn skipped(&self, replay: &Replay, filter: Filter, rows: &Rows, tokens: &[Token]) -> Skipped {
-        if let Some(largest) = self.largest_under(replay.how) {
+        if let Some(largest) = self.tile_sizes(replay.how) {
             let numbers = self.sample.tokens();
             return Skipped::new(filter, largest, rows.tokens.iter().map(|&place| numbers[place] / filter.tokens));
         }
@@ -256,7 +388,7 @@ impl<'a> Excerpt<'a> {
 
     fn add_tokens(&self, replay: &Replay, rows: &Rows, ids: &[usize], tokens: Range<usize>, sum: &mut UnembeddingSum) {
         let mut block = self.tokens(replay, tokens.clone());
-        let skipped = replay.how.filter.zip(self.largest_under(replay.how)).map(|(filter, largest)| {
+        let skipped = replay.how.filter.zip(self.tile_sizes(replay.how)).map(|(filter, largest)| {
             let skipped = Skipped::new(filter, largest, tokens.clone().map(|n| n / filter.tokens));
             skipped.drop_labels(&mut block);
             skipped
@@ -270,6 +402,68 @@ impl<'a> Excerpt<'a> {
         });
         sum.add(tokens, &block, dlogits.view());
     }
+}
+
+/// What a row of a gradient comes to up to each of some borders of its sum, in some of its features.
+#[derive(Clone, Debug)]
+pub struct CumulatedRow {
+    /// The terms at one place alone, which are not in `sums`.
+    at: Vec<(usize, Array1<f64>)>,
+    /// Border, Σ P up to it, and the sum.
+    sums: Vec<(usize, f64, Array1<f64>)>,
+}
+
+impl CumulatedRow {
+    fn new(at: Vec<(usize, Array1<f64>)>) -> Self {
+        Self { at, sums: vec![] }
+    }
+
+    fn push(&mut self, border: usize, mass: f64, sum: &Array1<f64>) {
+        if self.sums.is_empty() {
+            self.sums.push((0, 0.0, Array1::zeros(sum.len())));
+        }
+        let (_, so_far, sums) = self.sums.last().expect("there is one now");
+        let next = (border, so_far + mass, sums + sum);
+        self.sums.push(next);
+    }
+
+    /// Terms that the whole sum has.
+    pub fn len(&self) -> usize {
+        self.sums.last().map_or(0, |(border, ..)| *border)
+    }
+
+    /// Whether the sum has no terms.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn between(&self, range: &Range<usize>) -> (f64, Array1<f64>) {
+        let at = |border: usize| &self.sums[self.sums.partition_point(|(b, ..)| *b < border).min(self.sums.len() - 1)];
+        let ((_, mass, sum), (_, mass_before, before)) = (at(range.end), at(range.start));
+        (mass - mass_before, sum - before)
+    }
+
+    /// The terms of a range whose ends are borders.
+    pub fn within(&self, range: Range<usize>) -> Array1<f64> {
+        let here = self.at.iter().filter(|(place, _)| range.contains(place));
+        here.fold(self.between(&range).1, |sum, (_, term)| sum + term)
+    }
+
+    /// The terms of a range but for those at one place alone, as if Σ P over it were 1.
+    pub fn normalised(&self, range: Range<usize>) -> Array1<f64> {
+        let (mass, sum) = self.between(&range);
+        if mass > 0.0 { sum / mass } else { sum }
+    }
+
+    /// The terms at one place alone.
+    pub fn label(&self) -> Array1<f64> {
+        let none = Array1::zeros(self.sums.first().map_or(0, |(.., sum)| sum.len()));
+        self.at.iter().fold(none, |sum, (_, term)| sum + term)
+    }
+}
+
+fn first_features(row: &Array2<f64>, features: usize) -> Array1<f64> {
+    row.row(0).iter().take(features).copied().collect()
 }
 
 /// The largest of each `rows` × `columns` elements.

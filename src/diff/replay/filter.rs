@@ -34,13 +34,14 @@ impl Skipped {
 impl Replay<'_> {
     /// The largest |dlogits/g| in each tile of the vocab ids from `start` on, which begin with a tile, whose logits are `z`.
     pub fn largest_of_tiles(&self, filter: Filter, token: &Token, start: usize, z: ArrayView1<f64>) -> Vec<f64> {
+        let (token, g) = self.seen_by(filter, token);
         let size = |v: usize, z: f64| {
             let label = if token.label.column == Some(v) { token.label.value } else { 0.0 };
-            (self.dlogits(token, v, z) + label).abs()
+            (self.dlogits(&token, v, z) + label).abs()
         };
         let tile = |(i, z): (usize, ArrayView1<f64>)| {
             let sizes = z.iter().enumerate().map(|(j, &z)| size(start + i * filter.ids + j, z));
-            if token.g == 0.0 { 0.0 } else { sizes.fold(0.0, f64::max) / token.g.abs() }
+            if g == 0.0 { 0.0 } else { sizes.fold(0.0, f64::max) / g }
         };
         z.axis_chunks_iter(Axis(0), filter.ids).enumerate().map(tile).collect()
     }

@@ -10,22 +10,27 @@ mod counterfactual;
 mod excerpt;
 mod filter;
 mod sums;
+mod ties;
 mod token;
 
-pub use approximate::Approximation;
+pub use approximate::{Approximation, SIGNIFICAND_TERMS, Significand};
 pub use counterfactual::{
-    Bf16Sum, Counterfactual, Filter, LabelPlace, LabelSum, MaskedTokens, ProcessSum, ScaleInBackward, ScatterOnto, TokenFactor,
+    Bf16Sum, Chunks, Counterfactual, Filter, LabelLogit, LabelPlace, LabelSum, LseRounded, MaskedTokens, Padding, ProcessSum,
+    ScaleInBackward, ScatterOnto, Split, TokenFactor,
 };
-pub use excerpt::{Excerpt, Rows};
+pub use excerpt::{CumulatedRow, Excerpt, Rows};
+
+pub use ties::{Ties, of_running_sums};
 
 use super::step::Step;
 use filter::{Skipped, by_token_tile};
 use fused_xent_kernels::problem::Problem;
 use fused_xent_kernels::reference::{self, Forward, Gradients};
-use ndarray::{Array2, ArrayView1, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
 use sums::UnembeddingSum;
+use ties::NearTies;
 use token::{Replay, Token, TokenForward, TokenLogits};
 
 /// What one microbatch comes to, in all rows or in some.
@@ -70,7 +75,7 @@ impl Counterfactual {
         let known = replay.recorded();
         for rows in self.token_blocks(problem) {
             let mut z = reference::logits(problem, rows.clone());
-            if self.padding_takes_part {
+            if self.padding != Padding::TakesNoPart {
                 fill_padding(problem, rows.clone(), &mut z);
             }
             let of_token = |(z, n): (ArrayView1<f64>, usize)| {
@@ -104,6 +109,38 @@ impl Counterfactual {
             gradients.unembedding = sum.finish();
         }
         Outcome::new(&forward, gradients)
+    }
+
+    /// What near ties may change in [`replay`](Self::replay)'s rows, before any sum is kept in bf16.
+    pub fn ties(&self, step: &Step, m: usize, wanted: Wanted) -> Ties {
+        let replay = Replay::new(self, step, m);
+        let (problem, near, known) = (replay.problem, NearTies::new(&replay), replay.recorded());
+        let mut out = Ties::none(problem.shape().tokens, problem.shape().vocab);
+        for rows in self.token_blocks(problem) {
+            let mut z = reference::logits(problem, rows.clone());
+            if self.padding != Padding::TakesNoPart {
+                fill_padding(problem, rows.clone(), &mut z);
+            }
+            let of_token = |(mut z, n): (ArrayViewMut1<f64>, usize)| {
+                let logits = TokenLogits { n, row: Some(z.view()), known: &known };
+                let forward = near.forward(logits);
+                let token = replay.token(logits);
+                let errors = near.token(n, token.lse());
+                z.iter_mut().enumerate().for_each(|(v, z)| *z = near.dlogits(&errors, &token, v, *z));
+                forward
+            };
+            let forward: Vec<[f64; 3]> = z.axis_iter_mut(Axis(0)).into_par_iter().zip(rows.clone()).map(of_token).collect();
+            out.set_forward(rows.start, &forward);
+            if self.rounds_dlogits() && wanted.d_hidden {
+                let of_tokens = ties::over_vocab(&replay, rows.len(), |i, v| z[[i, v]]);
+                out.hidden[rows.clone()].copy_from_slice(&of_tokens);
+            }
+            if self.rounds_dlogits() && wanted.d_unembedding {
+                let of_ids = z.t().dot(&ties::squares(&reference::hidden_rows(problem, rows)));
+                out.unembedding.iter_mut().zip(of_ids).for_each(|(sum, more)| *sum += more);
+            }
+        }
+        out.scaled(self)
     }
 
     /// Blocks of tokens that hold whole tiles of them.

@@ -21,9 +21,9 @@ impl Replay<'_> {
     /// dQ of some tokens, whose dlogits of a range of vocab ids are `dlogits`, [tokens, ids], the label's term apart.
     pub fn d_hidden<'z>(&self, tokens: &[Token], dlogits: impl Fn(Range<usize>) -> CowArray<'z, f64, Ix2> + Sync) -> Parts {
         let how = self.how;
-        let (start, end) = how.dq_vocab.unwrap_or((0, self.problem.shape().vocab));
+        let Range { start, end } = self.dq_vocab();
         let mut lse = Array2::zeros((tokens.len(), self.problem.shape().hidden));
-        let width = how.dq_sum.map_or(IDS, |sum| sum.width);
+        let width = how.dq_sum.map_or(IDS, |sum| sum.chunks.width(self.problem.shape().vocab));
         let tiles: Vec<Range<usize>> = (start..end).step_by(width).map(|v| v..(v + width).min(end)).collect();
         for some in tiles.chunks(4 * rayon::current_num_threads()) {
             let product = |tile: &Range<usize>| {
@@ -33,7 +33,7 @@ impl Replay<'_> {
                 if how.dq_sum.is_some() {
                     for (mut row, label) in part.outer_iter_mut().zip(tokens.iter().map(|t| t.label)) {
                         if let Some(c) = label.column.filter(|c| tile.contains(c)) {
-                            row.scaled_add(label.value, &k.row(c - tile.start));
+                            row.scaled_add(label.value * how.label_counts[0], &k.row(c - tile.start));
                         }
                     }
                 }
@@ -50,6 +50,12 @@ impl Replay<'_> {
         self.with_labels(tokens, lse)
     }
 
+    /// The vocab ids that dQ takes in.
+    fn dq_vocab(&self) -> Range<usize> {
+        let all = self.problem.shape().vocab;
+        self.how.dq_shard.map_or(0..all, |(split, shard)| split.range(shard, all))
+    }
+
     /// Σ_v P·slope·K of tokens whose logits are `z`, [tokens, V].
     pub fn lse_part_for_one(&self, z: &Array2<f64>, lse: &[f64]) -> Array2<f64> {
         let tokens: Vec<Token> = lse.iter().map(|&lse| self.token_of_one(lse)).collect();
@@ -63,12 +69,13 @@ impl Replay<'_> {
     /// dQ of some tokens, given its lse part but for constant factors.
     pub fn with_labels(&self, tokens: &[Token], lse: Array2<f64>) -> Parts {
         let how = self.how;
-        let (start, end) = how.dq_vocab.unwrap_or((0, self.problem.shape().vocab));
+        let Range { start, end } = self.dq_vocab();
         let mut out = Parts { label: Array2::zeros(lse.dim()), lse };
         if how.dq_sum.is_none() {
             for (mut row, label) in out.label.outer_iter_mut().zip(tokens.iter().map(|t| t.label)) {
                 if let Some(c) = label.column.filter(|c| (start..end).contains(c)) {
-                    row.scaled_add(label.value, &reference::unembedding_rows(self.problem, c..c + 1).row(0));
+                    let k = reference::unembedding_rows(self.problem, c..c + 1);
+                    row.scaled_add(label.value * how.label_counts[0], &k.row(0));
                 }
             }
         }
@@ -152,12 +159,12 @@ impl<'a> UnembeddingSum<'a> {
         let label = |token: &Token| {
             let column = token.label.column.and_then(|c| self.ids.map_or(Some(c), |ids| ids.binary_search(&c).ok()));
             let g = if how.dk_without_g && token.g != 0.0 { token.g } else { 1.0 };
-            TokenLabel { column, value: token.label.value / g }
+            TokenLabel { column, value: token.label.value * how.label_counts[1] / g }
         };
         let labels: Vec<TokenLabel> = tokens.iter().map(label).collect();
         let q = reference::hidden_rows(self.replay.problem, rows.clone());
         let (left, right) = self.operands(&rows, tokens, &q, dlogits);
-        let pieces = self.cuts(&rows);
+        let (pieces, width) = (self.cuts(&rows), self.chunk_width());
         let first = self.first;
         let chunks = match &mut self.chunk {
             Some(chunk) => chunk.axis_chunks_iter_mut(Axis(0), IDS).map(Some).collect(),
@@ -180,7 +187,7 @@ impl<'a> UnembeddingSum<'a> {
                         add_label(how.label_sum, chunk.row_mut(place % IDS), &(&q.row(n - rows.start) * label.value));
                     }
                 }
-                if (piece.end - first).is_multiple_of(kept.width) || piece.end == end {
+                if (piece.end - first).is_multiple_of(width) || piece.end == end {
                     add_rounded(kept, sum.view_mut(), chunk.view());
                     chunk.fill(0.0);
                 }
@@ -225,15 +232,29 @@ impl<'a> UnembeddingSum<'a> {
     /// The tokens of `rows` that dK takes in, cut where a chunk ends.
     fn cuts(&self, rows: &Range<usize>) -> Vec<Range<usize>> {
         let how = self.replay.how;
-        let (start, end) = how.dk_tokens.unwrap_or((0, usize::MAX));
-        let used = rows.start.max(start)..rows.end.min(end);
+        let dk_tokens = self.dk_tokens();
+        let used = rows.start.max(dk_tokens.start)..rows.end.min(dk_tokens.end);
         let first = self.first;
         let mut cuts = vec![rows.start, rows.end, used.start.min(rows.end), used.end.max(rows.start)];
-        cuts.extend(how.dk_sum.into_iter().flat_map(|sum| rows.clone().filter(move |n| (n - first).is_multiple_of(sum.width))));
+        let width = how.dk_sum.map(|_| self.chunk_width());
+        cuts.extend(width.into_iter().flat_map(|width| rows.clone().filter(move |n| (n - first).is_multiple_of(width))));
         cuts.sort_unstable();
         cuts.dedup();
         let pieces = cuts.windows(2).map(|w| w[0]..w[1]);
         pieces.map(|piece| if used.contains(&piece.start) { piece } else { piece.end..piece.end }).collect()
+    }
+
+    /// The tokens that dK takes in.
+    fn dk_tokens(&self) -> Range<usize> {
+        let all = self.replay.problem.shape().tokens;
+        self.replay.how.dk_shard.map_or(0..all, |(split, shard)| split.range(shard, all))
+    }
+
+    /// Tokens of a chunk, where the sum over chunks is kept in bf16: of a process's, where each sums its own.
+    fn chunk_width(&self) -> usize {
+        let how = self.replay.how;
+        let own = self.replay.problem.shape().tokens.div_ceil(how.dk_processes.map_or(1, |sum| sum.processes));
+        how.dk_sum.map_or(1, |sum| sum.chunks.width(own))
     }
 
     /// dK after the last token.
@@ -266,9 +287,9 @@ impl<'a> UnembeddingSum<'a> {
 
     fn scatter_onto_lse_part(&mut self) {
         let how = self.replay.how;
-        let (start, end) = how.dk_tokens.unwrap_or((0, usize::MAX));
+        let dk_tokens = self.dk_tokens();
         let mut sum = self.parts.lse.clone();
-        for (n, label) in (self.first..).zip(&self.labels).filter(|(n, _)| (start..end).contains(n)) {
+        for (n, label) in (self.first..).zip(&self.labels).filter(|(n, _)| dk_tokens.contains(n)) {
             if let Some(place) = label.column {
                 let q = reference::hidden_rows(self.replay.problem, n..n + 1);
                 add_label(how.label_sum, sum.row_mut(place), &(&q.row(0) * label.value));
