@@ -3,7 +3,8 @@
     python launch.py --processes 4 --devices 1 train_lm.py --steps 61 --capture-at 60 --dumps /tmp/lm
     xent-diff /tmp/lm
 
-Weights and batch are sharded over all devices of all processes (FSDP); a step scans over its microbatches.
+The loss is the example's own, which can be given a fault, or with --fused the kernel of `fused_xent.jax`. Weights and batch are
+sharded over all devices of all processes (FSDP); a step scans over its microbatches.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from fused_loss import FAULTS, fused_loss
+from fused_loss import CONTRACT, FAULTS, fused_loss, kernel_loss
+from fused_xent.jax import contract
 from launch import join
 
 V, D, HEADS, LAYERS, S, B = 512, 64, 4, 2, 32, 8
@@ -86,7 +88,7 @@ def make_step(options, capture, mesh):
     """step(state, ids [M, B, S + 1], step) -> state, loss, dK, and for `--path outputs` what that hands over."""
     sharding = NamedSharding(mesh, P("fsdp"))
     microbatches = options.num_microbatches
-    fused = fused_loss(options.fault)
+    fused = kernel_loss(mesh) if options.fused else fused_loss(options.fault)
     recorded = capture.record(fused) if options.path == "record" else None
 
     def loss_of(w, ids, m, step, denominator):
@@ -134,7 +136,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--capture-at", type=int, nargs="*", default=[])
     parser.add_argument("--dumps", default=None, help="where the dump goes; capture is off without it")
     parser.add_argument("--path", choices=("record", "callback", "outputs"), default="record")
-    parser.add_argument("--fault", choices=FAULTS, default=None)
+    loss = parser.add_mutually_exclusive_group()
+    loss.add_argument("--fused", action="store_true", help="the kernel of fused_xent.jax in place of the example's own loss")
+    loss.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--memory-limit", type=int, default=None, help="bytes of captured arrays that may wait for the disk")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a capture may take to be concluded")
     return parser.parse_args(argv)
@@ -149,8 +153,8 @@ def new_capture(options, mesh):
         num_microbatches=options.num_microbatches,
         at_steps=options.capture_at,
         record=("loss", "lse", "label_logits", "d_hidden", "d_unembedding") if options.path == "record" else (),
-        # What fused_loss promises. Undeclared, a kernel that rounds dlogits to bfloat16 would be honest too.
-        contract={"dlogits": "f32", "accumulate": "f32", "d_hidden": "bf16", "d_unembedding": "f32"},
+        # What the loss promises. Undeclared, a kernel that rounds dlogits to bfloat16 would be honest too.
+        contract=contract(jnp.bfloat16, jnp.float32, operands="bfloat16") if options.fused else CONTRACT,
         mesh=mesh,
         hidden_spec=P("fsdp"),
         unembedding_spec=P("fsdp"),

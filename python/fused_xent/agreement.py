@@ -73,3 +73,32 @@ def processes() -> Alone | JaxProcesses:
     import jax
 
     return Alone() if jax.process_count() == 1 else JaxProcesses()
+
+
+# What process 0 makes of what every process said, `None` for one that did not say anything in time.
+
+
+def silent(heard: list[Said | None]) -> list[str]:
+    return [f"process {i} did not answer in time" for i, said in enumerate(heard) if said is None]
+
+
+def begin(heard: list[Said | None]) -> Said:
+    errors = silent(heard)
+    for i, said in enumerate(heard):
+        if said is not None and said["error"]:
+            errors.append(f"process {i}: {said['error']}")
+        if said is not None and heard[0] is not None and said["settings"] != heard[0]["settings"]:
+            errors.append(f"process {i}: its settings are {said['settings']}; expected those of process 0: {heard[0]['settings']}")
+    return {"errors": errors, "run_id": heard[0] and heard[0]["run_id"]}
+
+
+def finish(heard: list[Said | None]) -> Said:
+    errors = silent(heard)
+    for i, said in enumerate(heard):
+        if said is not None:
+            errors += [f"process {i}: {error}" for error in said["errors"][:16]]
+    return {"errors": errors, "dropped": {i: said["dropped"] for i, said in enumerate(heard) if said and said["dropped"]}}
+
+
+def close(heard: list[Said | None]) -> Said:
+    return {"errors": silent(heard), "open": sorted({step for said in heard if said is not None for step in said["open"]})}

@@ -16,10 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from . import agreement
 from .agreement import Said, processes
 from .errors import CaptureError
 from .writer import QUEUE_BYTES, Writer, hand_over
@@ -68,6 +70,20 @@ class _Step:
     whole: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
+
+
+@jax.custom_batching.custom_vmap
+def _unmapped(step: jax.Array, microbatch: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What it is given, which `vmap` may not map: its examples would all be the same microbatch of the same step."""
+    return step, microbatch, x
+
+
+@_unmapped.def_vmap
+def _refuse_vmap(axis_size, in_batched, step, microbatch, x):
+    raise ValueError(
+        f"capture under vmap, of {axis_size}: all of them would be one microbatch of one step; make the mapped axis a dimension of"
+        " hidden and targets, or scan over it with microbatches numbered by data"
+    )
 
 
 class Capture:
@@ -164,7 +180,7 @@ class Capture:
             said["run_id"] = checked.run_id
         except (OSError, ValueError) as error:
             said["error"] = str(error)
-        begun = self._processes.agree(f"{self._key}/begin", said, _begin, timeout)
+        begun = self._processes.agree(f"{self._key}/begin", said, agreement.begin, timeout)
         if begun["errors"]:
             raise CaptureError("\n".join(begun["errors"]))
         self.run_id: str = begun["run_id"]
@@ -214,8 +230,8 @@ class Capture:
         """Wraps a loss so that calling it captures its inputs, per-token values and gradients.
 
         `fn(hidden, targets, unembedding)`, or with `token_weights` as fourth argument, returns a scalar, or the per-token loss
-        like targets, or a mapping with any of `loss`, `lse`, `label_logits` (float32, like targets, unweighted, 0 at masked
-        tokens) beside whatever else. The wrapped one is called as the capture is:
+        like targets, or a mapping or named tuple with any of `loss`, `lse`, `label_logits` (float32, like targets, unweighted, 0
+        at masked tokens) beside whatever else, as `fused_xent.jax.fused_cross_entropy` does. The wrapped one is called as the capture is:
         `recorded(step, microbatch, hidden, targets, unembedding, token_weights=None)`.
 
         The gradients are what arrives at `fn`'s arguments in the backward, whatever rule `fn` has.
@@ -237,7 +253,8 @@ class Capture:
             hidden = self._tap("d_hidden", pieces, step, microbatch, hidden)
             unembedding = self._tap("d_unembedding", pieces, step, microbatch, unembedding)
             out = called(hidden, targets, unembedding, token_weights)
-            values = out if isinstance(out, Mapping) else {"loss": out}
+            named = hasattr(out, "_asdict")
+            values = out._asdict() if named else out if isinstance(out, Mapping) else {"loss": out}
             for name in set(self._names) & {*PER_TOKEN, *COTANGENTS}:
                 value = values.get(name.removeprefix("d_"))
                 if value is None or value.shape != targets.shape:
@@ -254,7 +271,9 @@ class Capture:
                 for name in COTANGENTS
                 if name in self._names
             }
-            return {**out, **taps} if taps else out
+            if not taps:
+                return out
+            return out._replace(**taps) if named else {**out, **taps}
 
         return functools.wraps(fn)(recorded)
 
@@ -297,7 +316,7 @@ class Capture:
 
     def _emit(self, name: str, pieces: dict[str, int], step: jax.Array, microbatch: jax.Array, x: jax.Array) -> None:
         """Hands over the local shards of a traced array."""
-        x = jax.lax.stop_gradient(x)
+        step, microbatch, x = _unmapped(step, microbatch, jax.lax.stop_gradient(x))
         if name in PER_TOKEN + COTANGENTS:
             x = x.astype(jnp.float32)
         wanted = self._wanted(step)
@@ -516,7 +535,7 @@ class Capture:
             report = self._conclude(step, d_unembedding)
         except Exception as error:
             report["errors"].append(f"{type(error).__name__}: {error}")
-        concluded = self._processes.agree(f"{self._key}/step-{step}", report, _finish, self._timeout)
+        concluded = self._processes.agree(f"{self._key}/step-{step}", report, agreement.finish, self._timeout)
         if concluded["errors"]:
             raise CaptureError(f"step {step}:\n" + "\n".join(concluded["errors"]))
         dropped = {int(process): microbatches for process, microbatches in concluded["dropped"].items()}
@@ -559,7 +578,7 @@ class Capture:
         jax.effects_barrier()
         with self._lock:
             said = {"open": sorted(self._steps)}
-        concluded = self._processes.agree(f"{self._key}/close", said, _close, self._timeout)
+        concluded = self._processes.agree(f"{self._key}/close", said, agreement.close, self._timeout)
         if concluded["errors"]:
             raise CaptureError("\n".join(concluded["errors"]))
         for step in concluded["open"]:
@@ -581,29 +600,3 @@ def collectives(compiled: Any) -> dict[str, int]:
     text = compiled.as_text()
     kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
     return {kind: n for kind in kinds if (n := text.count(f" {kind}(") + text.count(f" {kind}-start("))}
-
-
-def _silent(heard: list[Said | None]) -> list[str]:
-    return [f"process {i} did not answer in time" for i, said in enumerate(heard) if said is None]
-
-
-def _begin(heard: list[Said | None]) -> Said:
-    errors = _silent(heard)
-    for i, said in enumerate(heard):
-        if said is not None and said["error"]:
-            errors.append(f"process {i}: {said['error']}")
-        if said is not None and heard[0] is not None and said["settings"] != heard[0]["settings"]:
-            errors.append(f"process {i}: its settings are {said['settings']}; expected those of process 0: {heard[0]['settings']}")
-    return {"errors": errors, "run_id": heard[0] and heard[0]["run_id"]}
-
-
-def _finish(heard: list[Said | None]) -> Said:
-    errors = _silent(heard)
-    for i, said in enumerate(heard):
-        if said is not None:
-            errors += [f"process {i}: {error}" for error in said["errors"][:16]]
-    return {"errors": errors, "dropped": {i: said["dropped"] for i, said in enumerate(heard) if said and said["dropped"]}}
-
-
-def _close(heard: list[Said | None]) -> Said:
-    return {"errors": _silent(heard), "open": sorted({step for said in heard if said is not None for step in said["open"]})}

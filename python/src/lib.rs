@@ -1,10 +1,12 @@
 //! The native half of the Python module `fused_xent`: `fused_xent._native`.
 
 mod capture;
+mod ffi;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    capture::register(module)
+    capture::register(module)?;
+    ffi::register(module)
 }

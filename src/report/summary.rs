@@ -377,8 +377,9 @@ pub(super) fn details(finding: &Finding) -> Vec<(&'static str, String)> {
         _ => format!("{} of the squared deviation; what is left is {left} the floor", percent(finding.explained)),
     };
     let parameters: Vec<String> = finding.parameters.iter().map(|(name, value)| format!("{name} = {value}")).collect();
+    let explained = |share: f64| if share > 0.0 { percent(share) } else { "nothing of it".into() };
     let next = finding.runner_up.as_ref();
-    let next = next.map_or(String::new(), |next| format!("{}, which explains {}", next.cause, percent(next.explained)));
+    let next = next.map_or(String::new(), |next| format!("{}, which explains {}", next.cause, explained(next.explained)));
     let mut details = vec![
         ("explains", explains),
         ("parameters", parameters.join(", ")),

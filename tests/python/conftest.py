@@ -52,3 +52,7 @@ def same(found, expected):
     expected = np.asarray(expected)
     assert found.dtype == expected.dtype and found.shape == expected.shape
     assert found.tobytes() == expected.tobytes()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "each_jaxlib: runs with an older jaxlib too")

@@ -26,13 +26,16 @@ def paths(mesh, folder):
     """Trains without capture and with each kind of it: the final parameters, the collectives of the step."""
     # Four processes compile four times as much.
     train_lm.LAYERS = 1 if jax.process_count() < 4 else 0
+    runs = [("off", "record"), ("record", "record"), ("callback", "callback"), ("outputs", "outputs")]
+    runs += [("fused off", "record", "--fused"), ("fused record", "record", "--fused")]
     said = {}
-    for path, dumps in [("record", None), ("record", "record"), ("callback", "callback"), ("outputs", "outputs")]:
-        at = trainer(mesh, dumps and folder / dumps, "--path", path, "--capture-at", "1", "3")
+    for name, path, *loss in runs:
+        dumps = None if name.endswith("off") else folder / name
+        at = trainer(mesh, dumps, "--path", path, "--capture-at", "1", "3", *loss)
         at.step = at.step.lower(at.state, at.batch(0), 0).compile()
         held = collectives(at.step)
         losses = [float(at.train(k)[0]) for k in range(4)]
-        said[dumps or "off"] = {"parameters": at.checksum(), "losses": losses, "collectives": held}
+        said[name] = {"parameters": at.checksum(), "losses": losses, "collectives": held}
     return said
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from fused_xent import Capture, CaptureError
 from fused_xent.capture import collectives
+from fused_xent.jax import fused_cross_entropy
 
 M, B, S, D, V = 3, 4, 6, 8, 16
 EVERYTHING = ("loss", "lse", "label_logits", "d_lse", "d_label_logits", "d_hidden", "d_unembedding")
@@ -145,6 +146,61 @@ def test_a_shard_map_over_some_axes_only_is_refused(tmp_path):
     step = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=None, axis_names={"data"})
     with pytest.raises(ValueError, match="gather the array over the other axes"):
         jax.jit(step)(x[0], targets[0], w)
+
+
+@pytest.mark.parametrize("order", ["vmap of jit", "grad of vmap", "vmap of grad"])
+def test_vmap_is_refused(tmp_path, order):
+    mesh = mesh_of(4)
+    x, targets, weights, w = data(mesh)
+    capture = new_capture(tmp_path, mesh, record=("d_hidden",))
+    loss = lambda h, t: jnp.sum(capture.record(loss_of)(1, 0, h[:, None], t[:, None], w)["loss"])
+    program = {
+        "vmap of jit": jax.vmap(jax.jit(loss), 1),
+        "grad of vmap": jax.grad(lambda h, t: jnp.sum(jax.vmap(loss, 1)(h, t))),
+        "vmap of grad": jax.vmap(jax.grad(loss), 1),
+    }[order]
+    with pytest.raises(ValueError, match="capture under vmap, of 6: .*scan over it"):
+        jax.jit(program)(x[0], targets[0])
+
+
+def test_a_vmap_that_maps_nothing_captured_is_exact(tmp_path):
+    mesh = mesh_of(4)
+    x, targets, weights, w = data(mesh)
+    capture = new_capture(tmp_path, mesh, num_microbatches=1)
+
+    @jax.jit
+    def step(scales):
+        capture(1, 0, x[0], targets[0], w)
+        return jax.vmap(lambda scale: scale * jnp.sum(loss_of(x[0], targets[0], w)["loss"]))(scales)
+
+    step(jnp.arange(3.0))
+    capture.finish_step(1)
+    same(merged(tmp_path, 1, "mb_0000", "hidden"), x[0])
+
+
+def test_the_kernel_is_recorded_as_it_is(tmp_path):
+    """A named tuple is kept; what arrives at its parts is recorded."""
+    mesh = mesh_of(4)
+    x, targets, weights, w = data(mesh, spec=P(), w_spec=P())
+    capture = new_capture(tmp_path, mesh, num_microbatches=1, record=EVERYTHING, hidden_spec=P(), unembedding_spec=P())
+    recorded = capture.record(functools.partial(fused_cross_entropy, reduction="sum"))
+
+    def loss(call):
+        def of(h, w):
+            out = call(h, w)
+            return out.reduced + 0.5 * jnp.sum(out.lse**2) + jnp.sum(out.label_logits), out
+
+        return jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))
+
+    (_, out), (dq, dk) = loss(lambda h, w: recorded(1, 0, h, targets[0], w, weights[0]))(x[0], w)
+    capture.finish_step(1, d_unembedding=dk)
+    plain = loss(lambda h, w: fused_cross_entropy(h, targets[0], w, weights[0], reduction="sum"))(x[0], w)
+    for found, expected in zip(jax.tree.leaves(((None, out), (dq, dk))), jax.tree.leaves(((None, plain[0][1]), plain[1]))):
+        same(np.asarray(found), expected)
+    part = functools.partial(merged, tmp_path, 1, "mb_0000")
+    for name, expected in [("lse", out.lse), ("d_hidden", dq), ("d_unembedding", dk), ("d_lse", out.lse)]:
+        same(part(name), expected)
+    same(part("d_label_logits"), np.ones((B, S), np.float32))
 
 
 def test_large_shards_do_not_hang(tmp_path):

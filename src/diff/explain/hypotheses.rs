@@ -240,7 +240,7 @@ impl Observed<'_> {
         let longest = lengths.iter().copied().max().unwrap_or(1);
         let processes = Some(self.step.processes).filter(|&p| processes == 1 && p > 1 && !p.is_power_of_two());
         let unusual = processes.map(Chunks::Number).into_iter().chain([Chunks::Width(1)]);
-        chunks_of(&lengths, longest - 1).into_iter().chain(unusual).collect()
+        chunks_of(&lengths, longest.saturating_sub(1)).into_iter().chain(unusual).collect()
     }
 
     /// Where the rows of dQ end in zeros that should not be there, and of how many rows, in every microbatch with such a tail.

@@ -28,6 +28,7 @@ use super::step::Step;
 use super::truth::{Stage, Truth};
 use crate::report::model::{Confidence, Finding, MicrobatchReport, RunnerUp, TensorReport, Verdict};
 use fused_xent_kernels::floor::Tolerance;
+use fused_xent_kernels::problem::Label;
 use ndarray::Array2;
 use search::Search;
 use std::collections::BTreeMap;
@@ -73,6 +74,12 @@ impl<'a> Case<'a> {
     /// The rows of a stage that are judged; `None` if all.
     fn rows(&self, place: usize, stage: Stage) -> Option<&'a [usize]> {
         self.truth(place).rows(stage)
+    }
+
+    /// Whether a token of a judged microbatch has a gradient.
+    fn takes_part(&self, place: usize, token: usize) -> bool {
+        let problem = &self.step.microbatches[self.judged[place]].problem;
+        problem.labels()[token] != Label::Masked && problem.weights()[token] != 0.0
     }
 
     /// Whether a stage of a judged microbatch diverges.

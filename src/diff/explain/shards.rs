@@ -2,10 +2,10 @@
 //! a shard may have.
 
 use super::Case;
+use crate::diff::candidate::Values;
 use crate::diff::fault::{Fault, Gradients};
 use crate::diff::replay::{CumulatedRow, Excerpt, Split};
 use crate::diff::truth::Stage;
-use fused_xent_kernels::problem::Label;
 use ndarray::{Array1, ArrayView1};
 use std::collections::BTreeSet;
 
@@ -42,8 +42,7 @@ impl SeenShards {
 
     /// `dq-not-reduced` over so many vocab ids.
     pub fn of_dq(&self, vocab: usize) -> Vec<Fault> {
-        let of = vocab;
-        let shards = splits(of).flat_map(|split| (0..split.shards).map(move |shard| (split, shard)));
+        let shards = splits(vocab).flat_map(|split| (0..split.shards).map(move |shard| (split, shard)));
         let misfit = |&(split, shard): &(Split, usize)| misfit(&self.tokens, |row| row.within(split.range(shard, row.len())));
         best(shards, misfit, &self.tokens).into_iter().map(|(split, shard)| Fault::DqNotReduced { split, shard }).collect()
     }
@@ -115,9 +114,8 @@ fn tokens(case: &Case, excerpts: &[Excerpt]) -> Vec<SeenRow> {
     let mut out = Vec::new();
     for (place, excerpt) in excerpts.iter().enumerate().filter(|(place, _)| case.diverges(*place, Stage::DHidden)) {
         let Some(values) = case.produced.microbatches[place].get(&Stage::DHidden) else { continue };
-        let labels = case.step.microbatches[case.judged[place]].problem.labels();
         let numbers = excerpt.sample().tokens();
-        let taking_part: Vec<usize> = (0..numbers.len()).filter(|&i| labels[numbers[i]] != Label::Masked).collect();
+        let taking_part: Vec<usize> = (0..numbers.len()).filter(|&i| case.takes_part(place, numbers[i])).collect();
         let some = spread(&taking_part, ROWS.div_ceil(excerpts.len()));
         let borders = borders(case.step.microbatches[case.judged[place]].problem.shape().vocab);
         let rows = case.value_rows_of(place, Stage::DHidden, some.iter().map(|&i| numbers[i]));
@@ -138,7 +136,7 @@ fn ids(case: &Case, excerpts: &[Excerpt]) -> Vec<SeenRow> {
         let tokens = case.step.microbatches[case.judged[place]].problem.shape().tokens;
         excerpts[place].cumulated_d_unembedding(&some, &borders(tokens), FEATURES)
     };
-    let candidate = |values: &crate::diff::candidate::Values, row: usize| features(values.values.row(row));
+    let candidate = |values: &Values, row: usize| features(values.values.row(row));
     if !own.is_empty() {
         let rows_of = |place: usize| {
             let values = &case.produced.microbatches[place][&Stage::DUnembedding];

@@ -5,7 +5,6 @@ use super::Case;
 use super::lse::SeenLse;
 use crate::diff::replay::{Excerpt, SIGNIFICAND_TERMS, Significand};
 use crate::diff::truth::Stage;
-use fused_xent_kernels::problem::Label;
 use ndarray::Array1;
 
 /// Tokens that are looked at, and features of each.
@@ -25,9 +24,8 @@ pub(super) fn seen(case: &Case, excerpts: &[Excerpt], lse: &SeenLse) -> Option<S
     let mut rest: Vec<f64> = vec![];
     for (place, excerpt) in excerpts.iter().enumerate().filter(|(place, _)| case.diverges(*place, Stage::DHidden)) {
         let values = case.produced.microbatches[place].get(&Stage::DHidden)?;
-        let labels = case.step.microbatches[case.judged[place]].problem.labels();
         let numbers = excerpt.sample().tokens();
-        let taking_part = (0..numbers.len()).filter(|&i| labels[numbers[i]] != Label::Masked);
+        let taking_part = (0..numbers.len()).filter(|&i| case.takes_part(place, numbers[i]));
         let every = numbers.len().div_ceil(TOKENS.div_ceil(excerpts.len())).max(1);
         for i in taking_part.step_by(every) {
             let row = case.value_rows_of(place, Stage::DHidden, std::iter::once(numbers[i])).next()?;
@@ -54,7 +52,7 @@ fn least_squares(columns: &[Array1<f64>], to: &Array1<f64>) -> (f64, Vec<f64>) {
     let mut made_of: Vec<Vec<f64>> = vec![];
     for column in columns {
         let (mut left, mut parts) = (column.clone(), vec![]);
-        for (i, other) in orthogonal.iter().enumerate() {
+        for other in &orthogonal {
             // Twice is enough.
             let mut part = 0.0;
             for _ in 0..2 {
@@ -62,7 +60,6 @@ fn least_squares(columns: &[Array1<f64>], to: &Array1<f64>) -> (f64, Vec<f64>) {
                 left.scaled_add(-more, other);
                 part += more;
             }
-            debug_assert_eq!(parts.len(), i);
             parts.push(part);
         }
         orthogonal.push(left);

@@ -83,8 +83,8 @@ pub struct Split {
 impl Split {
     /// The rows of a shard, of so many.
     pub fn range(self, shard: usize, of: usize) -> Range<usize> {
-        let at = |shard: usize| if self.even { of * shard / self.shards } else { (shard * of.div_ceil(self.shards)).min(of) };
-        at(shard)..at(shard + 1)
+        let at = |shard: usize| if self.even { of * shard / self.shards } else { shard * of.div_ceil(self.shards) };
+        at(shard).min(of)..at(shard + 1).min(of)
     }
 
     /// The shard that has a row, of so many.
@@ -410,5 +410,24 @@ impl Counterfactual {
             _ => f64::from(problem.weights()[n]),
         };
         (0..problem.shape().tokens).map(|n| factor * weight(n)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_in_the_range_of_its_shard() {
+        for (of, shards) in (1..40).flat_map(|of| (1..=of).map(move |shards| (of, shards))) {
+            for split in [false, true].map(|even| Split { shards, even }) {
+                for row in 0..of {
+                    assert!(split.range(split.shard_of(row, of), of).contains(&row), "row {row} of {of}, {split:?}");
+                }
+                let rows: usize = (0..shards).map(|shard| split.range(shard, of).len()).sum();
+                assert_eq!(rows, of, "{split:?}");
+                assert!(split.range(shards + 3, of).is_empty());
+            }
+        }
     }
 }
