@@ -7,6 +7,8 @@ pub mod cli;
 pub mod diff;
 pub mod dump;
 mod files;
+#[cfg(feature = "pjrt")]
+pub mod pjrt;
 pub mod report;
 pub mod slice;
 

@@ -1,7 +1,6 @@
 //! The candidate `cpu`: the fused kernel of this machine, run on the captured inputs.
 
 use super::candidate::{Produced, Values};
-use super::compare::gathered;
 use super::truth::{RowsAre, Stage, Truth};
 use super::{DiffError, View, problem_error};
 use fused_xent_kernels::contract::Precision;
@@ -100,11 +99,6 @@ fn gradients<'a>(dq: &'a mut [f32], dk: &'a mut [f32]) -> Gradients<'a> {
 }
 
 fn values(data: &[f32], stage: Stage, problem: &Problem, truth: &Truth) -> Values {
-    let shape = problem.shape();
-    let of_vocab = stage.rows_are() == RowsAre::VocabIds;
-    let rows = if of_vocab { shape.vocab } else { shape.tokens };
-    let columns = if matches!(stage, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
-    let transposed = of_vocab && problem.layout() == Layout::Dv;
-    let values = gathered(|i| f64::from(data[i]), [rows, columns], transposed, truth.rows(stage));
-    Values { values, precision: Precision::F32 }
+    let transposed = stage.rows_are() == RowsAre::VocabIds && problem.layout() == Layout::Dv;
+    Values { values: stage.rows(|i| f64::from(data[i]), problem, transposed, truth), precision: Precision::F32 }
 }

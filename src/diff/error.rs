@@ -40,6 +40,20 @@ pub enum DiffError {
         /// What there is.
         expected: String,
     },
+    /// A candidate that this build leaves out.
+    #[error("candidate {candidate}: this xent-diff was built without PJRT; build it with `--features pjrt`")]
+    NotBuiltIn {
+        /// As given.
+        candidate: String,
+    },
+    /// A candidate that cannot be run, or that failed.
+    #[error("candidate {candidate}: {source}")]
+    Candidate {
+        /// As given, and where it failed.
+        candidate: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A slug that is not in the catalogue.
     #[error("unknown fault \"{found}\"; the nearest known one is \"{nearest}\" (xent-diff faults lists them)")]
     UnknownFault {

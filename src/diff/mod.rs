@@ -6,12 +6,17 @@
 //! candidate keeps. What diverges is explained by counterfactual replay ([`explain`]).
 
 pub mod candidate;
+mod command;
 pub mod compare;
 mod cpu;
 mod crossing;
+#[cfg(feature = "pjrt")]
+mod device;
 mod error;
 pub mod explain;
 pub mod fault;
+#[cfg(feature = "pjrt")]
+mod module;
 mod owners;
 mod pattern;
 mod plots;
@@ -23,6 +28,9 @@ pub mod synth;
 mod tiling;
 pub mod truth;
 
+pub use candidate::Candidate;
+#[cfg(feature = "pjrt")]
+pub use device::OnDevice;
 pub use error::DiffError;
 
 use crate::dump::{self, Dump, LoadedMicrobatch, MicrobatchGradients, Run};
@@ -44,7 +52,6 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
-use std::str::FromStr;
 use step::{Microbatch, Step};
 use truth::{Accumulated, RowsAre, Stage, Truth, stage_error};
 
@@ -61,33 +68,6 @@ pub struct Settings {
     pub sampling: Sampling,
     /// What recorded gradients are held to, in place of what the dump declares or what fits them: a manifest's `contract`.
     pub contract: Option<serde_json::Value>,
-}
-
-/// Who computed the gradients that are judged.
-#[derive(Clone, Debug)]
-pub enum Candidate {
-    /// The training run that wrote the dump.
-    Recorded,
-    /// A kernel of this machine.
-    Cpu(Kernel),
-}
-
-impl FromStr for Candidate {
-    type Err = DiffError;
-
-    /// `recorded`, `cpu` (the kernel that `FUSED_XENT_KERNEL` names, or else the fastest of this machine) or `cpu:NAME`.
-    fn from_str(text: &str) -> Result<Self, DiffError> {
-        let kernel = match text.split_once(':') {
-            None if text == "recorded" => return Ok(Candidate::Recorded),
-            None if text == "cpu" => Some(Kernel::from_environment()?),
-            Some(("cpu", name)) => Kernel::by_name(name),
-            _ => None,
-        };
-        kernel.map(Candidate::Cpu).ok_or_else(|| DiffError::UnknownCandidate {
-            found: text.into(),
-            expected: Kernel::available().iter().fold("recorded, cpu".into(), |list, k| format!("{list}, cpu:{}", k.name())),
-        })
-    }
 }
 
 /// Is told how far the work has come.
@@ -216,6 +196,9 @@ fn judge_step(
         let made = match candidate {
             Candidate::Recorded => recorded::produce(dumped, &view, settings.contract.as_ref())?,
             Candidate::Cpu(kernel) => vec![cpu::produce(kernel, &view)?],
+            Candidate::Command(line) => command::produce(line, &view, settings.contract.as_ref())?,
+            #[cfg(feature = "pjrt")]
+            Candidate::OnDevice(program) => vec![program.produce(&view, settings.contract.as_ref())?],
         };
         if made.is_empty() && !settings.candidates.is_empty() {
             warnings.push(format!("run {}, step {}: nothing is recorded to judge", run.run_id, dumped.step));

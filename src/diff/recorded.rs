@@ -32,11 +32,7 @@ pub(super) fn produce(dumped: &Step, view: &View, given: Option<&Value>) -> Resu
     }
     let folders = view.judged.iter().filter_map(|&m| dumped.microbatches.get(&view.step.microbatches[m].index));
     let declared = folders.chain([&dumped.shared]).find_map(Folder::contract);
-    let (contract, contract_source) = match (given, declared) {
-        (Some(given), _) => (Some(given), "given"),
-        (None, Some(declared)) => (Some(declared), "declared"),
-        (None, None) => (None, "assumed"),
-    };
+    let (contract, contract_source) = (given.or(declared), source(given, declared));
     let input = Precision::from(view.step.microbatches[view.judged[0]].problem.hidden().dtype());
     let mut of_processes: BTreeMap<Option<usize>, Produced> = BTreeMap::new();
     for Found { process, place, stage, values } in found {
@@ -62,6 +58,15 @@ pub(super) fn produce(dumped: &Step, view: &View, given: Option<&Value>) -> Resu
     Ok(of_processes.into_values().map(with_contracts).collect())
 }
 
+/// How the contract that recorded gradients are held to is known.
+pub(super) fn source(given: Option<&Value>, declared: Option<&Value>) -> &'static str {
+    match (given, declared) {
+        (Some(_), _) => "given",
+        (None, Some(_)) => "declared",
+        (None, None) => "assumed",
+    }
+}
+
 /// What was recorded of a stage.
 struct Found {
     /// Whose copy it is, if one that differs from the first.
@@ -83,7 +88,7 @@ fn read(found: &mut Vec<Found>, place: Option<usize>, stage: Stage, recorded: &R
 }
 
 /// The contracts that the run may have kept: as declared or given, else every honest one.
-fn contracts(produced: &Produced, declared: Option<&Value>, input: Precision) -> Vec<Contract> {
+pub(super) fn contracts(produced: &Produced, declared: Option<&Value>, input: Precision) -> Vec<Contract> {
     let precision = |stage: Stage| produced.microbatches.iter().find_map(|stages| stages.get(&stage)).map(|v| v.precision);
     let d_unembedding = precision(Stage::DUnembedding).or(produced.accumulated.as_ref().map(|v| v.precision));
     let outputs = Contract {

@@ -1,10 +1,11 @@
 //! The reference of a microbatch and of a step: exact values, stage by stage, and the floors they are judged by.
 
+use super::compare::gathered;
 use super::replay::{Counterfactual, Outcome};
 use super::step::Step;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::{Error, Floor, LogitFloor, Tolerance};
-use fused_xent_kernels::problem::{ProblemError, Sample};
+use fused_xent_kernels::problem::{Problem, ProblemError, Sample};
 use fused_xent_kernels::reference::{self, Cotangents};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
@@ -72,6 +73,16 @@ impl Stage {
             }
             _ => RowsAre::Tokens,
         }
+    }
+}
+
+impl Stage {
+    /// The rows of a stage's tensor that are judged, [N, 1], [N, D] or [V, D]; `transposed` if the elements lie as [D, V].
+    pub fn rows(self, element: impl Fn(usize) -> f64, problem: &Problem, transposed: bool, truth: &Truth) -> Array2<f64> {
+        let shape = problem.shape();
+        let rows = if self.rows_are() == RowsAre::VocabIds { shape.vocab } else { shape.tokens };
+        let columns = if matches!(self, Stage::Loss | Stage::Lse | Stage::LabelLogits) { 1 } else { shape.hidden };
+        gathered(element, [rows, columns], transposed, truth.rows(self))
     }
 }
 

@@ -265,11 +265,14 @@ pub(super) fn observation(candidate: &CandidateReport, rungs: &[Rung]) -> Option
 
 /// The command that repeats the judgement of `candidate`.
 pub(super) fn command(report: &Report, candidate: &CandidateReport) -> String {
-    let path = &report.dump.path;
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
-    let quoted = if path.chars().all(plain) { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
+    let quoted = |text: &str| match text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    };
     let sample = candidate.sample.map_or(String::new(), |s| format!(" --sample {}", s.token_rows.max(s.vocab_rows)));
-    format!("xent-diff {quoted} --step {} --candidate {}{sample}", candidate.step, candidate.candidate)
+    let (path, name) = (quoted(&report.dump.path), quoted(&candidate.candidate));
+    format!("xent-diff {path} --step {} --candidate {name}{sample}", candidate.step)
 }
 
 /// How many of several dumps diverge.

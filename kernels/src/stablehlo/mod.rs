@@ -1,7 +1,7 @@
 //! The loss and its gradients as StableHLO programs, for any device that XLA runs on.
 //!
 //! [`naive`] computes as an unfused training run does: all logits at once. [`chunked`] holds the logits of one tile of the
-//! vocabulary at a time, twice: once for lse, and again for the gradients, in a workspace that does not grow with V.
+//! vocabulary at a time, twice: once for lse, and again for the gradients, in a workspace that does not grow with N·V.
 //!
 //! ```text
 //! main(hidden [N, D], unembedding [V, D] or [D, V], labels i32 [N], cotangent f32 [N])
