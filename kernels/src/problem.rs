@@ -124,6 +124,19 @@ impl Floats<'_> {
             Floats::F32(s) => out.iter_mut().zip(&s[range]).for_each(|(out, &x)| *out = f64::from(x)),
         }
     }
+
+    /// [`get`](Self::get) of the elements from `start` on, as many as `out` holds.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn copy_to_f32(&self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Floats::Bf16(s) => s[range].convert_to_f32_slice(out),
+            Floats::F16(s) => s[range].convert_to_f32_slice(out),
+            Floats::F32(s) => out.copy_from_slice(&s[range]),
+        }
+    }
 }
 
 impl<'a> From<&'a [bf16]> for Floats<'a> {

@@ -180,11 +180,15 @@ impl LogitSums {
 
     /// ℓ.
     fn loss(&self, problem: &Problem) -> f64 {
-        let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
-        let lse = self.lse();
-        let mean = self.sum / problem.valid_columns() as f64;
-        lse - (1.0 - label_smoothing) * self.label - label_smoothing * mean + z_loss * lse * lse
+        loss(problem, self.lse(), self.label, self.sum)
     }
+}
+
+/// ℓ of a token whose log-sum-exp is `lse`, whose label logit is `label` and whose valid logits add up to `sum`.
+pub fn loss(problem: &Problem, lse: f64, label: f64, sum: f64) -> f64 {
+    let LossOptions { z_loss, label_smoothing, .. } = *problem.options();
+    let mean = sum / problem.valid_columns() as f64;
+    lse - (1.0 - label_smoothing) * label - label_smoothing * mean + z_loss * lse * lse
 }
 
 /// dQ and dK, in parts, for `cotangents` of the results of [`forward`].

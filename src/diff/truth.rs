@@ -104,12 +104,19 @@ impl Truth {
     pub fn new(step: &Step, m: usize, sample: Option<Sample>) -> Result<Self, ProblemError> {
         let problem = &step.microbatches[m].problem;
         let cotangents = Cotangents::weighted(problem, step.own_factor(m));
-        let forward = reference::forward(problem)?;
+        // A sample is taken where passes over all logits are dear: there, one in float32 gives both.
+        let (forward, logits) = match &sample {
+            None => {
+                let forward = reference::forward(problem)?;
+                let logits = LogitFloor::new(&Contract::F32, problem, &forward)?;
+                (forward, logits)
+            }
+            Some(_) => LogitFloor::with_forward(&Contract::F32, problem)?,
+        };
         let gradients = match &sample {
             None => reference::backward(problem, &forward.lse, &cotangents)?,
             Some(sample) => reference::backward_rows(problem, &forward.lse, &cotangents, sample)?,
         };
-        let logits = LogitFloor::new(&Contract::F32, problem, &forward)?;
         Ok(Self { outcome: Outcome { forward, gradients }, sample, cotangents, logits })
     }
 
