@@ -37,6 +37,18 @@ impl Generation {
         }
     }
 
+    /// What libtpu calls one chip of it, as a topology to compile ahead for; v4 has its two cores in one device only with the
+    /// option `chip_config_name=megacore`.
+    pub fn topology(self) -> &'static str {
+        match self {
+            Self::V4 => "v4:1x1x1",
+            Self::V5e => "v5e:1x1",
+            Self::V5p => "v5p:1x1x1",
+            Self::V6e => "v6e:1x1",
+            Self::V7x => "tpu7x:1x1x1",
+        }
+    }
+
     /// Bytes of VMEM of a core.
     pub fn vmem_bytes(self) -> usize {
         let mib = match self {

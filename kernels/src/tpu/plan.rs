@@ -96,7 +96,10 @@ impl Tile {
 /// Bytes of VMEM that the forward takes.
 fn forward_vmem(spec: &Spec, tile: Tile) -> usize {
     let logits = 3 * forward::at_once(tile) * tile.tokens * size_of::<f32>();
-    with_margin(forward::frame(spec, tile).vmem_bytes() + logits + transposed(spec, tile) + parts(spec, spec.operand(), tile))
+    let [of_q, of_k] = spec.elements().map(Element::bytes);
+    let operands = spec.shape.hidden * (of_q * tile.tokens + of_k * forward::at_once(tile));
+    let temporary = logits + operands + transposed(spec, tile) + parts(spec, spec.operand(), tile);
+    with_margin(forward::frame(spec, tile).vmem_bytes() + temporary)
 }
 
 /// For what the compiler spills: an eighth, and half a MiB.
