@@ -50,6 +50,7 @@ pub mod reference;
 pub mod shard;
 pub mod stablehlo;
 mod tiled;
+pub mod tpu;
 pub mod vjp;
 
 pub use filter::Filter;
@@ -59,3 +60,7 @@ pub use vjp::{Cotangents, Dlogits, Forward, GradientMut, Gradients, Kernel, Pred
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/kernels.md")]
 struct Guide;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/tpu.md")]
+struct TpuGuide;

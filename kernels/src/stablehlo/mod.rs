@@ -16,11 +16,11 @@ mod loss;
 mod text;
 
 pub use text::Type;
+pub(crate) use text::{Body, Value};
 
 use crate::contract::{Contract, LabelTerm, Precision};
 use crate::problem::{DType, Layout, LossOptions, Shape};
 use loss::Emitter;
-use text::Body;
 
 /// What a program computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,7 +104,7 @@ impl Spec {
     }
 }
 
-fn element(dtype: DType) -> &'static str {
+pub(crate) fn element(dtype: DType) -> &'static str {
     match dtype {
         DType::Bf16 => "bf16",
         DType::F16 => "f16",

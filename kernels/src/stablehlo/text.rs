@@ -12,7 +12,7 @@ pub struct Type {
 }
 
 impl Type {
-    pub(super) fn new(dims: &[usize], element: &'static str) -> Self {
+    pub(crate) fn new(dims: &[usize], element: &'static str) -> Self {
         Self { dims: dims.to_vec(), element }
     }
 
@@ -31,7 +31,7 @@ impl Display for Type {
 
 /// The name and type of what an operation makes.
 #[derive(Clone, Debug)]
-pub(super) struct Value {
+pub(crate) struct Value {
     name: String,
     pub ty: Type,
 }
@@ -48,7 +48,7 @@ fn list<T: Display>(items: impl IntoIterator<Item = T>) -> String {
 
 /// The operations of a function, in order.
 #[derive(Debug, Default)]
-pub(super) struct Body {
+pub(crate) struct Body {
     text: String,
     names: usize,
     depth: usize,
@@ -60,10 +60,22 @@ impl Body {
         arguments: &[(&str, Type)],
         build: impl FnOnce(&mut Body, &[Value]) -> Vec<(&'static str, Value)>,
     ) -> (String, Vec<(&'static str, Type)>) {
+        Self::function_taking_over(arguments, None, build)
+    }
+
+    /// The same, where a result may take over the memory of an argument: (argument, result).
+    pub fn function_taking_over(
+        arguments: &[(&str, Type)],
+        donated: Option<(usize, usize)>,
+        build: impl FnOnce(&mut Body, &[Value]) -> Vec<(&'static str, Value)>,
+    ) -> (String, Vec<(&'static str, Type)>) {
         let mut body = Body { depth: 2, ..Body::default() };
         let values: Vec<Value> = arguments.iter().map(|(name, ty)| Value { name: format!("%{name}"), ty: ty.clone() }).collect();
         let results = build(&mut body, &values);
-        let arguments = list(values.iter().map(|v| format!("{v}: {}", v.ty)));
+        let arguments = list(values.iter().enumerate().map(|(i, v)| match donated {
+            Some((argument, result)) if argument == i => format!("{v}: {} {{tf.aliasing_output = {result} : i32}}", v.ty),
+            _ => format!("{v}: {}", v.ty),
+        }));
         let types = list(results.iter().map(|(name, v)| format!("{} {{jax.result_info = \"{name}\"}}", v.ty)));
         let returned = list(results.iter().map(|(_, v)| v));
         let returned_types = list(results.iter().map(|(_, v)| &v.ty));
@@ -188,6 +200,50 @@ impl Body {
             ty,
             &format!("dot_general {x}, {y}, contracting_dims = [{i}] x [{j}], precision = [HIGHEST, HIGHEST] : {types}"),
         )
+    }
+
+    /// x in other dimensions, its elements in the same order.
+    pub fn reshape(&mut self, x: &Value, to: &[usize]) -> Value {
+        let ty = Type::new(to, x.ty.element);
+        self.push(ty.clone(), &format!("reshape {x} : ({}) -> {ty}", x.ty))
+    }
+
+    /// `rows` of x from `start` on, along its first dimension.
+    pub fn slice_rows(&mut self, x: &Value, start: usize, rows: usize) -> Value {
+        if rows == x.ty.dims[0] {
+            return x.clone();
+        }
+        let ty = Type::new(&[&[rows], &x.ty.dims[1..]].concat(), x.ty.element);
+        let first = format!("{start}:{}", start + rows);
+        let ranges = list(std::iter::once(first).chain(x.ty.dims[1..].iter().map(|dim| format!("0:{dim}"))));
+        self.push(ty.clone(), &format!("slice {x} [{ranges}] : ({}) -> {ty}", x.ty))
+    }
+
+    /// All of `parts`, one after the other along their first dimension.
+    pub fn concatenate_rows(&mut self, parts: &[Value]) -> Value {
+        if let [only] = parts {
+            return only.clone();
+        }
+        let mut ty = parts[0].ty.clone();
+        ty.dims[0] = parts.iter().map(|part| part.ty.dims[0]).sum();
+        let types = list(parts.iter().map(|part| &part.ty));
+        self.push(ty.clone(), &format!("concatenate {}, dim = 0 : ({types}) -> {ty}", list(parts)))
+    }
+
+    /// Calls a kernel that the device's compiler knows.
+    pub fn custom_call(&mut self, target: &str, operands: &[Value], attributes: &str, results: &[Type]) -> Vec<Value> {
+        let name = self.name();
+        let types = list(operands.iter().map(|v| &v.ty));
+        let (names, of_results): (Vec<String>, String) = match results {
+            [only] => (vec![name.clone()], only.to_string()),
+            _ => ((0..results.len()).map(|i| format!("{name}#{i}")).collect(), format!("({})", list(results))),
+        };
+        let count = if results.len() == 1 { String::new() } else { format!(":{}", results.len()) };
+        let operands = list(operands);
+        self.line(&format!(
+            "{name}{count} = stablehlo.custom_call @{target}({operands}) {{{attributes}}} : ({types}) -> {of_results}"
+        ));
+        names.into_iter().zip(results).map(|(name, ty)| Value { name, ty: ty.clone() }).collect()
     }
 
     /// x with zeros after it.
