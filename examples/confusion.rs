@@ -10,6 +10,7 @@ use fused_xent::diff::synth::{Regime, SynthOptions, synth};
 use fused_xent::diff::{Candidate, Settings, judge};
 use fused_xent::dump::LossSettings;
 use fused_xent::kernels::contract::Precision;
+use fused_xent::report::headline;
 use fused_xent::report::model::{Finding, Report, Verdict};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -131,7 +132,10 @@ fn healthy(chosen: &Options) -> Result<(), Box<dyn Error>> {
             ..SynthOptions::default()
         };
         let Some(report) = judged(&options, chosen.sample)? else { continue };
-        alarms += usize::from(report.verdict == Verdict::Diverge);
+        if report.verdict == Verdict::Diverge {
+            alarms += 1;
+            println!("alarm: {options:?}: {}", headline(&report));
+        }
         let accumulated = report.candidates.iter().flat_map(|c| &c.accumulated).flat_map(|a| &a.tensors);
         let tensors = report.candidates.iter().flat_map(|c| &c.microbatches).flat_map(|m| &m.tensors).chain(accumulated);
         for tensor in tensors {
