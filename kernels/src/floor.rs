@@ -24,7 +24,7 @@ mod refined;
 pub use logits::LogitFloor;
 
 use crate::contract::Precision;
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 use std::ops::Range;
 
 /// Variance of rounding x to nearest, over u²x², for a significand with Benford's distribution: (1/3)·E[2^(2e)/x²].
@@ -37,9 +37,13 @@ const SMALLEST_NORMAL: f64 = f32::MIN_POSITIVE as f64;
 /// The error of one tensor, [rows, columns], before its final rounding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Error {
-    /// Expected ‖error‖² of each row: all of it, and the share that a declared rounding to 16 bits has in it.
-    squared: Vec<f64>,
-    declared: Vec<f64>,
+    /// Expected ‖error‖² of each row by modelled arithmetic, …
+    modelled: Vec<f64>,
+    /// … by the declared roundings to 16 bits, for values like these, and what these do on this very data.
+    typical: Vec<f64>,
+    emulated: Vec<f64>,
+    /// The error that they make on this very data, where it is kept: of several terms of a sum, those may have one direction.
+    effect: Option<Array2<f64>>,
     /// |error| at [row, column] surely stays below bound_rows[row] · bound_columns[column].
     bound_rows: Vec<f64>,
     bound_columns: Vec<f64>,
@@ -47,7 +51,8 @@ pub struct Error {
 
 impl Error {
     fn new(rows: usize, bound_columns: Vec<f64>) -> Self {
-        Self { squared: vec![0.0; rows], declared: vec![0.0; rows], bound_rows: vec![0.0; rows], bound_columns }
+        let zeros = || vec![0.0; rows];
+        Self { modelled: zeros(), typical: zeros(), emulated: zeros(), effect: None, bound_rows: zeros(), bound_columns }
     }
 
     /// Adds the error of another term of the same sum, such as another microbatch's.
@@ -57,16 +62,26 @@ impl Error {
     pub fn add(&mut self, other: &Error) {
         let shape = |e: &Error| (e.bound_rows.len(), e.bound_columns.len());
         assert_eq!(shape(self), shape(other), "errors of one shape");
-        self.squared.iter_mut().zip(&other.squared).for_each(|(a, b)| *a += b);
-        self.declared.iter_mut().zip(&other.declared).for_each(|(a, b)| *a += b);
-        self.bound_rows.iter_mut().zip(&other.bound_rows).for_each(|(a, b)| *a += b);
+        let pairs = [
+            (&mut self.modelled, &other.modelled),
+            (&mut self.typical, &other.typical),
+            (&mut self.emulated, &other.emulated),
+            (&mut self.bound_rows, &other.bound_rows),
+        ];
+        pairs.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
         self.bound_columns.iter_mut().zip(&other.bound_columns).for_each(|(a, b)| *a = a.max(*b));
+        self.effect = self.effect.take().zip(other.effect.as_ref()).map(|(sum, other)| sum + other);
+        if let Some(effect) = &self.effect {
+            self.emulated = effect.outer_iter().map(|row| row.dot(&row)).collect();
+        }
     }
 
     /// The error of `factor` times the tensor.
     pub fn scale(&mut self, factor: f64) {
-        self.squared.iter_mut().chain(&mut self.declared).for_each(|s| *s *= factor * factor);
+        let squares = self.modelled.iter_mut().chain(&mut self.typical).chain(&mut self.emulated);
+        squares.for_each(|s| *s *= factor * factor);
         self.bound_rows.iter_mut().for_each(|r| *r *= factor.abs());
+        self.effect.iter_mut().for_each(|effect| *effect *= factor);
     }
 
     /// What is tolerated after one final rounding of `reference` to `output`.
@@ -74,8 +89,11 @@ impl Error {
     /// # Panics
     /// If the reference has another shape.
     pub fn tolerance(&self, reference: ArrayView2<f64>, output: Precision) -> Tolerance {
-        assert_eq!(reference.dim(), (self.squared.len(), self.bound_columns.len()), "a reference of the error's shape");
-        let (before, declared) = (self.squared.clone(), self.declared.clone());
+        assert_eq!(reference.dim(), (self.modelled.len(), self.bound_columns.len()), "a reference of the error's shape");
+        // What the declared rounding does here, and what it does to values like these: luck is no floor.
+        let declared: Vec<f64> = self.typical.iter().zip(&self.emulated).map(|(typical, here)| typical.max(*here)).collect();
+        let before = self.modelled.iter().zip(&declared).map(|(modelled, declared)| modelled + declared).collect();
+        let emulated = self.emulated.clone();
         let rounding = reference
             .outer_iter()
             .map(|row| row.iter().map(|&x| (output.round(x) - x).powi(2) + SMALLEST_NORMAL.powi(2)).sum())
@@ -83,7 +101,7 @@ impl Error {
         // Half a step between subnormals: 2⁻²⁵ in float16, far below the smallest normal number elsewhere.
         let absolute = if output == Precision::F16 { 2f64.powi(-25) } else { SMALLEST_NORMAL };
         let (bound_rows, bound_columns) = (self.bound_rows.clone(), self.bound_columns.clone());
-        Tolerance { before, declared, rounding, u: output.unit_roundoff(), absolute, bound_rows, bound_columns }
+        Tolerance { before, declared, emulated, rounding, u: output.unit_roundoff(), absolute, bound_rows, bound_columns }
     }
 }
 
@@ -93,8 +111,9 @@ pub struct Tolerance {
     /// Expected ‖error‖² of each row before the final rounding, and by it.
     before: Vec<f64>,
     rounding: Vec<f64>,
-    /// The share of `before` that a declared rounding to 16 bits has.
+    /// The share of `before` that a declared rounding to 16 bits has, and what it does on this very data.
     declared: Vec<f64>,
+    emulated: Vec<f64>,
     u: f64,
     absolute: f64,
     bound_rows: Vec<f64>,
@@ -112,6 +131,7 @@ impl Tolerance {
             before: of(&self.before),
             rounding: of(&self.rounding),
             declared: of(&self.declared),
+            emulated: of(&self.emulated),
             bound_rows: of(&self.bound_rows),
             bound_columns: self.bound_columns.clone(),
             ..*self
@@ -121,6 +141,13 @@ impl Tolerance {
     /// The floor: ‖error‖₂ that an honest computation is expected to make over the given rows.
     pub fn l2(&self, rows: Range<usize>) -> f64 {
         (self.before[rows.clone()].iter().sum::<f64>() + self.rounding[rows].iter().sum::<f64>()).sqrt()
+    }
+
+    /// The floor with what the declared roundings do on this very data, even where luck makes that little: an honest computation
+    /// that has these roundings comes near it.
+    pub fn l2_with_luck(&self, rows: Range<usize>) -> f64 {
+        let luck = self.declared[rows.clone()].iter().zip(&self.emulated[rows.clone()]).map(|(all, here)| all - here);
+        (self.l2(rows).powi(2) - luck.sum::<f64>()).max(0.0).sqrt()
     }
 
     /// The floor of the arithmetic alone, before the final rounding and without a declared rounding to 16 bits.

@@ -224,6 +224,34 @@ fn floors_of_shards_and_of_rows_that_do_not_exist_are_refused() {
     assert!(!logits.is_of(&Contract { logits: Precision::Bf16, ..Contract::F32 }));
 }
 
+/// The roundings of two microbatches with the same tokens are the same: their effect adds up, and does not average out.
+#[test]
+fn roundings_of_one_direction_add_up_over_a_sum() {
+    let contract = Contract { dlogits: Precision::Bf16, ..Contract::F32 };
+    let shape = Shape { tokens: 40, hidden: 16, vocab: 90 };
+    let case = case(shape, 5.0, LossOptions::default(), 4);
+    let (truth, rows) = (Truth::new(&case, contract), 0..shape.vocab);
+    let sum = truth.gradients.unembedding.sum();
+    let floor = |error: &Error, reference: &Array2<f64>| error.tolerance(reference.view(), Precision::F32).l2(rows.clone());
+    let (one, other) = (&truth.floor.unembedding.sum, &truth.floor.unembedding.lse);
+    let twice = |error: &Error, factor: f64| {
+        let (mut sum, mut second) = (error.clone(), error.clone());
+        second.scale(factor);
+        sum.add(&second);
+        sum
+    };
+    let ratio = floor(&twice(one, 1.0), &(&sum * 2.0)) / floor(one, &sum);
+    assert!((1.8..=2.0).contains(&ratio), "{ratio}");
+    // What cancels leaves no less than roundings of values like these.
+    let ratio = floor(&twice(one, -1.0), &(&sum * 0.0)) / floor(one, &sum);
+    assert!((0.7..1.45).contains(&ratio), "{ratio}");
+    let ratio =
+        floor(&twice(other, 1.0), &(&truth.gradients.unembedding.lse * 2.0)) / floor(other, &truth.gradients.unembedding.lse);
+    assert!((1.41..1.42).contains(&ratio), "a part is never summed over microbatches: {ratio}");
+    let tolerance = one.tolerance(sum.view(), Precision::F32);
+    assert!(tolerance.l2_with_luck(rows.clone()) <= tolerance.l2(rows.clone()));
+}
+
 proptest! {
     #![proptest_config(config())]
 

@@ -45,7 +45,7 @@ use compare::{Context, compare};
 use explain::Tolerances;
 use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
-use fused_xent_kernels::floor::{Floor, Tolerance};
+use fused_xent_kernels::floor::Tolerance;
 use fused_xent_kernels::problem::{Label, Sample};
 use ndarray::{Array2, Axis};
 use sampling::Sampling;
@@ -234,11 +234,6 @@ impl View<'_> {
         self.truths[m].as_ref().expect("every judged microbatch has its truth")
     }
 
-    fn floors(&self, contract: &Contract) -> Result<Vec<Floor>, DiffError> {
-        let of = |&m: &usize| self.truth(m).floor(self.step, m, contract).map_err(|e| problem_error(self.number, m, e));
-        self.judged.iter().map(of).collect()
-    }
-
     /// Judges a candidate under the strictest of its contracts under which it agrees.
     ///
     /// Where none fits, it is judged under the strictest that its dQ fits. A kernel that rounds dlogits shows it in dQ and in
@@ -265,7 +260,7 @@ impl View<'_> {
             let gradients = [Stage::DHidden, Stage::DUnembedding];
             let strict =
                 at_the_strictest.get_or_insert_with(|| gradients.into_iter().filter(|&stage| agrees(&compared, stage)).collect());
-            let far_below = |stage: &Stage| chosen.is_some() && all(&compared, *stage, |t| t.ratio < FAR_BELOW);
+            let far_below = |stage: &Stage| chosen.is_some() && is_far_below(&compared, &tolerances, *stage);
             let one_is_far_below = gradients.iter().any(far_below);
             if compared.verdict == Verdict::Agree && (strict.is_empty() || !one_is_far_below) {
                 return Ok(if far_above { self.precisely_at_fault(run_id, produced)?.unwrap_or(compared) } else { compared });
@@ -344,12 +339,12 @@ impl View<'_> {
         contract: &Contract,
         factors: Option<&[f64]>,
     ) -> Result<(CandidateReport, Tolerances), DiffError> {
-        let floors = self.floors(contract)?;
         let mut total: Option<Accumulated> = None;
         let mut microbatches = Vec::new();
         let mut tolerances = Tolerances::default();
         let mut all_labels = Vec::new();
-        for (place, ((&m, floor), stages)) in self.judged.iter().zip(&floors).zip(&produced.microbatches).enumerate() {
+        for (place, (&m, stages)) in self.judged.iter().zip(&produced.microbatches).enumerate() {
+            let floor = self.truth(m).floor(self.step, m, contract).map_err(|e| problem_error(self.number, m, e))?;
             let problem = &self.step.microbatches[m].problem;
             let factor = factors.map_or(1.0, |factors| factors[place]);
             let labels: Vec<Option<usize>> = problem
@@ -368,7 +363,7 @@ impl View<'_> {
                 .iter()
                 .map(|(&stage, values)| {
                     let reference = reference(stage);
-                    let tolerance = stage_error(floor, stage).tolerance(reference.view(), values.precision);
+                    let tolerance = stage_error(&floor, stage).tolerance(reference.view(), values.precision);
                     let owners = owners::owners(self.dumped, self.step.microbatches[m].index, stage);
                     let context = self.context(m, stage, values.precision, &tolerance, &labels, &owners);
                     let mut tensor = compare(&context, values.values.view(), reference.view());
@@ -491,6 +486,18 @@ fn largest_ratio(report: &CandidateReport) -> f64 {
 
 /// A ratio to the floor that no honest rounding to 16 bits comes down to.
 const FAR_BELOW: f64 = 0.6;
+
+/// Whether a stage of a candidate stays so far below the floor in every microbatch that has it that the candidate does not have
+/// the roundings that were assumed; `false` if it has no such stage.
+fn is_far_below(report: &CandidateReport, tolerances: &Tolerances, stage: Stage) -> bool {
+    let pairs = report.microbatches.iter().zip(&tolerances.microbatches);
+    let mut seen = pairs.filter_map(|(m, tolerances)| {
+        let tensor = m.tensors.iter().find(|t| t.name == stage.name())?;
+        let expected = tolerances.get(&stage)?.l2_with_luck(0..tensor.shape[0]);
+        Some(tensor.rel_l2.is_some_and(|error| error * tensor.reference_norm < FAR_BELOW * expected))
+    });
+    seen.next().is_some_and(|first| first && seen.all(|below| below))
+}
 
 /// The comparisons of a stage, in every microbatch that has it; `None` if the candidate does not.
 fn reports(report: &CandidateReport, stage: Stage) -> Option<impl Iterator<Item = &TensorReport>> {

@@ -184,7 +184,7 @@ impl LogitFloor {
         }
         let errors = [(&mut self.loss, variance), (&mut self.lse, lse_variance), (&mut self.label_logits, spread.label)];
         for (error, variance) in errors {
-            error.squared[n] = variance;
+            error.modelled[n] = variance;
             error.bound_rows[n] = CERTAIN * variance.sqrt();
         }
         self.spreads[n] = spread;

@@ -329,7 +329,11 @@ impl<'a> Pass<'a> {
     }
 
     fn unembedding(&self, side: Side, parts: &Parts) -> GradientError {
-        self.error(side, parts, self.problem.shape().tokens, |_| 0.0, &self.q.largest)
+        let effect = side.emulated.as_ref().map(Parts::sum);
+        let mut error = self.error(side, parts, self.problem.shape().tokens, |_| 0.0, &self.q.largest);
+        // It is summed over microbatches, whose tokens may be rounded alike.
+        error.sum.effect = effect;
+        error
     }
 
     /// The error of a gradient whose exact value is `parts`, and whose sums have so many `terms`. `common` is the variance of
@@ -358,14 +362,12 @@ impl<'a> Pass<'a> {
             let shared = (common(row) + (EXP_BIAS * u).powi(2)) * lse;
             let of_parts = [(lse, shared), (label, 0.0), (total, shared)];
             for (i, (error, (total, shared))) in out.each_mut().into_iter().zip(of_parts).enumerate() {
-                // What the declared rounding does here, and what it does to values like these: luck is no floor.
                 let rounded = if self.contract.label == LabelTerm::Apart { 0 } else { i };
-                let typical = rounding * sums.terms[rounded];
-                let declared = effects.map_or(typical, |effects| effects[i].max(typical));
                 let terms = sums.terms[i];
                 let of_sum = self.arithmetic.unit() * (n * (total / 3.0 + terms / 6.0) + terms) + u * u * total;
-                error.squared[row] = sums.independent[i] + of_sum + shared + declared;
-                error.declared[row] = declared;
+                error.modelled[row] = sums.independent[i] + of_sum + shared;
+                error.typical[row] = rounding * sums.terms[rounded];
+                error.emulated[row] = effects.map_or(0.0, |effects| effects[i]);
                 error.bound_rows[row] = sums.bound[i];
             }
         }

@@ -278,7 +278,7 @@ mod tests {
         let exact = reference::forward(problem).unwrap();
         let (forward, floor) = LogitFloor::refined(&Contract::F32, problem, share).unwrap();
         let squared: f64 = forward.lse.iter().zip(&exact.lse).map(|(a, b)| (a - b).powi(2)).sum();
-        squared / (SHARE * floor.lse.squared.iter().sum::<f64>())
+        squared / (SHARE * floor.lse.modelled.iter().sum::<f64>())
     }
 
     #[test]
@@ -310,11 +310,11 @@ mod tests {
                     let label = (forward.label_logits[n], exact.label_logits[n]);
                     assert!((label.0 - label.1).abs() <= 1e-12 * spread, "token {n}: {label:?}");
                     let loss = (forward.loss[n] - exact.loss[n]).powi(2);
-                    assert!(loss <= 0.25 * whole.loss.squared[n], "token {n}: loss off by {}", loss.sqrt());
+                    assert!(loss <= 0.25 * whole.loss.modelled[n], "token {n}: loss off by {}", loss.sqrt());
                     let errors =
                         [(&floor.loss, &whole.loss), (&floor.lse, &whole.lse), (&floor.label_logits, &whole.label_logits)];
                     for (found, expected) in errors {
-                        let (found, expected) = (found.squared[n], expected.squared[n]);
+                        let (found, expected) = (found.modelled[n], expected.modelled[n]);
                         assert!(close(found, expected, 0.05), "{spread} {options:?}, token {n}: {found} {expected}");
                     }
                 }
