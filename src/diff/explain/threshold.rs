@@ -87,8 +87,10 @@ fn with_threshold(filter: Filter, eps: f64) -> Fault {
 fn roundest(low: f64, high: f64) -> f64 {
     let within = |x: &f64| low < *x && *x <= high;
     let of_digits = (0..6).map(|digits| {
-        let step = 10f64.powi(high.log10().floor() as i32 - digits);
-        (high / step).floor() * step
+        // A quotient of whole numbers is the number that is written so.
+        let exponent = digits - high.log10().floor() as i32;
+        let (times, over) = (10f64.powi(exponent.max(0)), 10f64.powi((-exponent).max(0)));
+        (high * times / over).floor() * over / times
     });
     THRESHOLDS.into_iter().chain(of_digits).find(within).unwrap_or(high)
 }
@@ -101,7 +103,7 @@ mod tests {
     fn a_threshold_is_as_round_as_its_neighbours_leave_room_for() {
         assert_eq!(roundest(0.003, 0.004), 1.0 / 256.0);
         assert_eq!(roundest(0.000_29, 0.000_34), 0.000_3);
-        assert!((roundest(0.012_31, 0.012_37) - 0.012_36).abs() < 1e-5);
+        assert_eq!(roundest(0.012_31, 0.012_378), 0.012_37);
         assert_eq!(roundest(0.3, f64::from_bits(0.3f64.to_bits() + 1)), f64::from_bits(0.3f64.to_bits() + 1));
     }
 }
