@@ -92,13 +92,18 @@ fn a_module_that_is_wrong_diverges() {
     let z_loss = module(folder.path(), "z_loss.mlir", &ours(LossOptions { z_loss: 1e-2, ..LossOptions::default() }));
     let (code, out, err) = xent_diff(folder.path(), &["dump", "--quiet", "--candidate", &z_loss]);
     assert_eq!((code, err.as_str()), (Some(1), ""));
-    assert!(out.contains("diverges at loss"), "{out}");
+    // Lines are broken where they are full, which depends on where the plugin lies.
+    let diverges_at = |out: &str, stage: &str| {
+        let words: Vec<&str> = out.split_whitespace().collect();
+        words.windows(3).any(|three| three[..2] == ["diverges", "at"] && three[2] == stage)
+    };
+    assert!(diverges_at(&out, "loss"), "{out}");
     // [D, V] in and out, of a dump that has [V, D].
     let turned = "module @m { func.func public @main(%hidden: tensor<8x16xf32>, %unembedding: tensor<16x40xf32>, \
         %labels: tensor<8xi32>) -> tensor<16x40xf32> { return %unembedding : tensor<16x40xf32> } }";
     let turned = module(folder.path(), "turned.mlir", turned);
     let (code, out, _) = xent_diff(folder.path(), &["dump", "--quiet", "--candidate", &turned]);
-    assert!(code == Some(1) && out.contains("diverges at d_unembedding"), "{out}");
+    assert!(code == Some(1) && diverges_at(&out, "d_unembedding"), "{out}");
 }
 
 /// One message each, on standard error, and exit code 2.
