@@ -12,7 +12,7 @@
 //! one pass:    for each v (split over the cores), for each n:  both; dK is kept for one v, dQ for all n
 //! two kernels: for each n (any order), for each v: dQ;   for each v (split over the cores), for each n: dK
 //! ```
-//! Rows of K that are padding or overhang are 0 before any product, since s·K would bring in NaN through 0·NaN. So must be the
+//! Rows of K that are padding or overhang are 0 ahead of dQ, since s·K would bring in NaN through 0·NaN. So must be the
 //! rows of Q that take no part: the program sees to that ahead of the kernel, and pads Q to whole tiles; of a token that takes no
 //! part p, o, c and lse are set to 0. Where K is [D, V], a tile of it is transposed as it arrives, and one of dK as it leaves.
 
@@ -109,9 +109,14 @@ impl<'a> Kernel<'a> {
         self.tiles()[1] * self.tile.vocab > self.of.spec.valid_columns()
     }
 
+    /// Whether what K's tile holds beyond the vocab ids is replaced: in dQ, and there alone, it would meet the other rows.
+    fn masks(&self) -> bool {
+        self.gives_hidden() && self.ragged()
+    }
+
     /// Whether K's tile is prepared once, for all tiles of tokens.
     fn prepares(&self) -> bool {
-        self.unembedding().is_some() && (self.ragged() || self.of.spec.layout == Layout::Dv)
+        self.unembedding().is_some() && (self.masks() || self.of.spec.layout == Layout::Dv)
     }
 
     /// The places of a tile of tokens and of a tile of vocab ids.
@@ -310,21 +315,22 @@ impl<'a> Pass<'a> {
         if let Some(d_unembedding) = self.d_unembedding {
             let q = body.convert(&q, operand);
             add_products(body, Product::Nn, &parts, &q, d_unembedding.sum, None, vocab);
-            if let Some(result) = d_unembedding.result {
-                let last = body.compare_with(n, Is::Equal, n_tiles - 1);
-                body.only_if(&last, |body| self.give_unembedding(body, d_unembedding.sum, result));
-            }
         }
         if let Some(d_hidden) = self.d_hidden {
             let k = body.convert(&k, operand);
             add_products(body, Product::Tn, &parts, &k, d_hidden.sum, rows, tokens);
         }
+        // Last, so that nothing parts the products: the compiler does not move work past a condition.
+        if let Some(Sum { sum, result: Some(result) }) = self.d_unembedding {
+            let last = body.compare_with(n, Is::Equal, n_tiles - 1);
+            body.only_if(&last, |body| self.give_unembedding(body, sum, result));
+        }
     }
 
-    /// K's tile as [vocab ids, D], 0 from `left` rows on.
+    /// K's tile as [vocab ids, D], 0 from `left` rows on where that matters.
     fn prepare(&self, body: &mut Body, left: Option<&Value>) -> Value {
         let k = self.kernel.of.spec.unembedding_rows(body, self.k);
-        let Some(left) = left else { return k };
+        let Some(left) = left.filter(|_| self.kernel.masks()) else { return k };
         let [rows, columns] = k.ty.dims[..] else { unreachable!("a matrix") };
         let row = body.row_numbers([rows, columns]);
         let left = body.broadcast(left, &[rows, columns]);

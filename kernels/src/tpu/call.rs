@@ -24,7 +24,8 @@ pub(super) struct Aliased {
 }
 
 impl Call {
-    /// Calls the kernel; it may use `vmem` bytes of VMEM.
+    /// Calls the kernel, which may use `vmem` bytes of VMEM: all that there is, since of less the compiler would silently make one
+    /// buffer of two, and fetch nothing ahead.
     pub fn emit(&self, program: &mut Body, operands: &[Value], vmem: usize) -> Vec<Value> {
         let bytes: u64 = operands.iter().map(|v| &v.ty).chain(&self.results).map(bytes).sum();
         let config = format!(

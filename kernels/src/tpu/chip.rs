@@ -67,6 +67,14 @@ impl Generation {
         }
     }
 
+    /// Rows and columns of a matrix unit: of a product whose sizes are no multiples of it a part is done in vain.
+    pub fn mxu_width(self) -> usize {
+        match self {
+            Self::V4 | Self::V5e | Self::V5p => 128,
+            Self::V6e | Self::V7x => 256,
+        }
+    }
+
     /// Cycles of a core that `operations` of bfloat16 products take at least.
     pub fn mxu_cycles(self, operations: f64) -> f64 {
         operations

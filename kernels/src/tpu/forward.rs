@@ -12,8 +12,9 @@
 //!     t = z where v = label;  s = s + z               s for label smoothing alone
 //! last v: M = max m, lse = M + log Σ l·exp(m − M), z_t = Σ t, ℓ = lse − (1−ε)·z_t − ε/V·Σ s + z_loss·lse²
 //! ```
+//! A tile's last block of z waits for the next tile, whose first product covers the work on it.
 //! So all that crosses sublanes is done once per token, and what is kept between steps is eight registers for 1024 tokens.
-//! Where the last tile of vocab ids overhangs, its rows hold whatever was there: they are replaced after the product. A row
+//! Where the last tile of vocab ids overhangs, its rows hold whatever was there: they are not looked at. A row
 //! never meets another, nor a token another token: what overhangs the tokens stays in lanes that are never written.
 
 use super::call::Call;
@@ -25,8 +26,11 @@ use crate::stablehlo::Type;
 
 /// Vocab ids whose logits are made and used at a time, while the next ones' product fills the MXU. (More is slower, by the
 /// compiler's static profile for v6e at D = 1024: 120 thousand cycles with 256 become 133 with 640; 128 take 229.)
+pub(super) const AT_ONCE: usize = 256;
+
+/// As many of them as a tile has whole blocks of.
 pub(super) fn at_once(tile: Tile) -> usize {
-    if tile.vocab.is_multiple_of(256) { 256 } else { 128 }
+    if tile.vocab.is_multiple_of(AT_ONCE) { AT_ONCE } else { 128 }
 }
 
 /// Stands for −∞ without its NaN: exp(LOWEST − m) is 0 for every m but itself.
@@ -37,7 +41,7 @@ pub(super) fn frame(spec: &Spec, tile: Tile) -> Frame {
     let [of_q, of_k] = spec.elements();
     let (n, v) = (At::Step(0), At::Step(1));
     let per_token = |element| Window { block: [1, tile.tokens], element, place: [At::Start, n], single: false };
-    let running = ([SUBLANES, tile.tokens], Element::F32);
+    let [running, carried] = [SUBLANES, at_once(tile)].map(|rows| ([rows, tile.tokens], Element::F32));
     Frame {
         grid: vec![(tokens.div_ceil(tile.tokens), true), (spec.valid_columns().div_ceil(tile.vocab), false)],
         windows: vec![
@@ -48,13 +52,16 @@ pub(super) fn frame(spec: &Spec, tile: Tile) -> Frame {
             per_token(Element::F32),
             per_token(Element::F32),
         ],
-        scratch: vec![running; if spec.options.label_smoothing > 0.0 { 4 } else { 3 }],
+        scratch: [vec![running; if spec.options.label_smoothing > 0.0 { 4 } else { 3 }], vec![carried]].concat(),
     }
 }
 
 pub(super) fn call(spec: &Spec, tile: Tile) -> Call {
     let frame = frame(spec, tile);
-    let body = frame.body(|body, steps, windows, running| Pass { spec, tile, windows, running }.emit(body, &steps[1]));
+    let body = frame.body(|body, steps, windows, scratch| {
+        let (carried, running) = scratch.split_last().expect("the last is for z");
+        Pass { spec, tile, windows, running, carried }.emit(body, &steps[1]);
+    });
     let per_token = Type::new(&[1, spec.shape.tokens], "f32");
     let [n, d, v] = spec.sizes();
     Call { name: "fused_xent_forward", body, results: vec![per_token; 3], adds_to: None, flops: 2 * n * d * v, exps: n * v }
@@ -67,6 +74,16 @@ struct Pass<'a> {
     windows: &'a [Value],
     /// m, l, t and, for label smoothing, s.
     running: &'a [Value],
+    /// z of a tile's last rows, until the next tile's first product hides what is left to do with them.
+    carried: &'a Value,
+}
+
+/// Which rows of a block are vocab ids.
+enum Valid<'a> {
+    /// So many of the first.
+    First(usize),
+    /// All, where this holds, [8, n].
+    If(&'a Value),
 }
 
 impl Pass<'_> {
@@ -78,37 +95,47 @@ impl Pass<'_> {
                 body.store(&start, memory, None);
             }
         });
-        self.tile(body, v);
-        let tiles = self.spec.valid_columns().div_ceil(self.tile.vocab);
-        let last = body.compare_with(v, Is::Equal, tiles - 1);
-        body.only_if(&last, |body| self.finish(body));
+        let last = self.tiles() - 1;
+        let start = body.with_integer("arith.muli", v, self.tile.vocab);
+        let more = body.compare_with(v, Is::Less, last);
+        if last > 0 {
+            body.only_if(&more, |body| {
+                let running = self.tile(body, &start, None);
+                for (value, memory) in running.iter().zip(self.running) {
+                    body.store(value, memory, None);
+                }
+            });
+        }
+        let is_last = body.compare_with(v, Is::Equal, last);
+        body.only_if(&is_last, |body| {
+            let running = self.tile(body, &start, Some(self.spec.valid_columns() - last * self.tile.vocab));
+            self.finish(body, &running);
+        });
     }
 
-    fn tile(&self, body: &mut Body, v: &Value) {
-        let (spec, tile) = (self.spec, self.tile);
-        let [q, k, labels, ..] = self.windows else { unreachable!("six windows") };
-        let [n, valid] = [tile.tokens, spec.valid_columns()];
-        let group = [SUBLANES, n];
-        let start = body.with_integer("arith.muli", v, tile.vocab);
-        let row = body.row_numbers(group);
-        // The label's row in this tile and the rows that are no padding, both less the sublane.
-        let labels = body.load_all(labels);
-        let from = body.broadcast(&start, &[1, n]);
-        let label = body.binary("arith.subi", &labels, &from);
-        let label = body.broadcast(&label, &group);
-        let label = body.binary("arith.subi", &label, &row);
-        let ragged = !valid.is_multiple_of(tile.vocab);
-        let left = ragged.then(|| {
-            let all = body.integer(valid as i64, Element::I32);
-            let left = body.binary("arith.subi", &all, &start);
-            let left = body.broadcast(&left, &group);
-            body.binary("arith.subi", &left, &row)
-        });
+    fn tiles(&self) -> usize {
+        self.spec.valid_columns().div_ceil(self.tile.vocab)
+    }
+
+    /// What runs, after the tile that begins at row `start`. Of the last tile so many rows are vocab ids, and all are added; of
+    /// the others the last block is left for the next step.
+    fn tile(&self, body: &mut Body, start: &Value, last: Option<usize>) -> Vec<Value> {
+        let (spec, at_once) = (self.spec, at_once(self.tile));
+        let [q, k, ..] = self.windows else { unreachable!("six windows") };
+        let group = [SUBLANES, self.tile.tokens];
         let q = body.load_all(q);
         let whole = (spec.layout == Layout::Dv).then(|| spec.unembedding_rows(body, k));
         let mut running: Vec<Value> = self.running.iter().map(|memory| body.load_all(memory)).collect();
-        let at_once = at_once(tile);
-        for first in (0..tile.vocab).step_by(at_once) {
+        if self.tiles() > 1 {
+            let before = body.broadcast(start, &group);
+            let exists = body.compare_with(&before, Is::Greater, 0);
+            let before = body.with_integer("arith.subi", start, at_once);
+            let label = self.label(body, &before);
+            let z = body.load_all(self.carried);
+            self.add(body, &mut running, &z, &label, &Valid::If(&exists));
+        }
+        let rows = last.unwrap_or(self.tile.vocab);
+        for first in (0..rows).step_by(at_once) {
             let k = match &whole {
                 Some(whole) => body.rows(whole, first, at_once),
                 None => {
@@ -117,46 +144,76 @@ impl Pass<'_> {
                 }
             };
             let (z, _) = spec.logits(body, &k, &q);
-            let groups = (0..at_once).step_by(SUBLANES).map(|row| {
-                let z = body.rows(&z, row, SUBLANES);
-                let is_label = body.compare_with(&label, Is::Equal, first + row);
-                let valid = left.as_ref().map(|left| body.compare_with(left, Is::Greater, first + row));
-                (z, is_label, valid)
-            });
-            let groups: Vec<_> = groups.collect();
-            let lowest = body.floats(LOWEST, &group, Element::F32);
-            let mut seen = Vec::with_capacity(groups.len());
-            let mut max = running[0].clone();
-            for (z, is_label, valid) in &groups {
-                running[2] = body.select(is_label, z, &running[2]);
-                if let Some(sum) = running.get(3).cloned() {
-                    let z = valid.as_ref().map_or(z.clone(), |valid| body.keep(valid, z));
-                    running[3] = body.binary("arith.addf", &sum, &z);
-                }
-                let z = valid.as_ref().map_or(z.clone(), |valid| body.select(valid, z, &lowest));
-                max = body.binary("arith.maximumf", &max, &z);
-                seen.push(z);
+            if last.is_none() && first + at_once == rows {
+                body.store(&z, self.carried, None);
+            } else {
+                let start = body.with_integer("arith.addi", start, first);
+                let label = self.label(body, &start);
+                self.add(body, &mut running, &z, &label, &Valid::First(rows - first));
             }
-            let below = body.binary("arith.subf", &running[0], &max);
-            let shrink = body.unary("math.exp", &below);
-            let mut sum = body.binary("arith.mulf", &running[1], &shrink);
-            for z in &seen {
-                let x = body.binary("arith.subf", z, &max);
-                let x = body.unary("math.exp", &x);
-                sum = body.binary("arith.addf", &sum, &x);
-            }
-            (running[0], running[1]) = (max, sum);
         }
-        for (value, memory) in running.iter().zip(self.running) {
-            body.store(value, memory, None);
-        }
+        running
     }
 
-    fn finish(&self, body: &mut Body) {
+    /// The label's row in the block that begins at row `start`, less the sublane: [8, n].
+    fn label(&self, body: &mut Body, start: &Value) -> Value {
+        let group = [SUBLANES, self.tile.tokens];
+        let labels = body.load_all(&self.windows[2]);
+        let start = body.broadcast(start, &labels.ty.dims);
+        let label = body.binary("arith.subi", &labels, &start);
+        let label = body.broadcast(&label, &group);
+        let sublane = body.row_numbers(group);
+        body.binary("arith.subi", &label, &sublane)
+    }
+
+    /// Adds to `running` the logits of a block.
+    fn add(&self, body: &mut Body, running: &mut [Value], z: &Value, label: &Value, valid: &Valid) {
+        let rows = match *valid {
+            Valid::First(rows) => rows.min(z.ty.dims[0]),
+            Valid::If(_) => z.ty.dims[0],
+        };
+        let groups = (0..rows).step_by(SUBLANES).map(|row| {
+            let z = body.rows(z, row, SUBLANES);
+            let is_label = body.compare_with(label, Is::Equal, row);
+            let valid = match *valid {
+                Valid::If(exists) => Some(exists.clone()),
+                Valid::First(rows) if rows < row + SUBLANES => {
+                    let sublane = body.row_numbers([SUBLANES, self.tile.tokens]);
+                    Some(body.compare_with(&sublane, Is::Less, rows - row))
+                }
+                Valid::First(_) => None,
+            };
+            (z, is_label, valid)
+        });
+        let groups: Vec<_> = groups.collect();
+        let lowest = body.floats(LOWEST, &[SUBLANES, self.tile.tokens], Element::F32);
+        let mut seen = Vec::with_capacity(groups.len());
+        let mut max = running[0].clone();
+        for (z, is_label, valid) in &groups {
+            running[2] = body.select(is_label, z, &running[2]);
+            if let Some(sum) = running.get(3).cloned() {
+                let z = valid.as_ref().map_or(z.clone(), |valid| body.keep(valid, z));
+                running[3] = body.binary("arith.addf", &sum, &z);
+            }
+            let z = valid.as_ref().map_or(z.clone(), |valid| body.select(valid, z, &lowest));
+            max = body.binary("arith.maximumf", &max, &z);
+            seen.push(z);
+        }
+        let below = body.binary("arith.subf", &running[0], &max);
+        let shrink = body.unary("math.exp", &below);
+        let mut sum = body.binary("arith.mulf", &running[1], &shrink);
+        for z in &seen {
+            let x = body.binary("arith.subf", z, &max);
+            let x = body.unary("math.exp", &x);
+            sum = body.binary("arith.addf", &sum, &x);
+        }
+        (running[0], running[1]) = (max, sum);
+    }
+
+    fn finish(&self, body: &mut Body, running: &[Value]) {
         let (spec, tile) = (self.spec, self.tile);
         let [_, _, labels, results @ ..] = self.windows else { unreachable!("six windows") };
         let LossOptions { z_loss, label_smoothing, .. } = spec.options;
-        let running: Vec<Value> = self.running.iter().map(|memory| body.load_all(memory)).collect();
         let max = body.reduce_rows("maximumf", &running[0], LOWEST);
         let of_all = body.broadcast(&max, &[SUBLANES, tile.tokens]);
         let below = body.binary("arith.subf", &running[0], &of_all);

@@ -57,12 +57,15 @@ impl Display for BackwardPlan {
     }
 }
 
-/// The sizes that tiles have when they are chosen.
-const SIZES: [usize; 6] = [128, 256, 512, 768, 1024, 1280];
-/// The most multiplications of a tile: the program grows with them, and with it the time to compile it.
-const MOST: usize = 1 << 31;
+/// Tokens of a tile, when they are chosen.
+const TOKENS: [usize; 5] = [128, 256, 512, 768, 1024];
+/// The most vocab ids of a tile that is chosen, and what their number is a multiple of.
+const VOCAB: [usize; 2] = [2048, 128];
+/// The most multiplications of a product of tiles, in the forward and in the backward, which has three: the program grows with them,
+/// and with it the time to compile it.
+const MOST: [usize; 2] = [1 << 31, 3 << 29];
 /// Cycles that a step of the grid takes besides its work.
-const STEP: f64 = 250.0;
+const STEP: f64 = 500.0;
 /// The fewest tokens of a chunk, if there are several: below, moving dK costs more than a fourth product.
 const FEWEST: usize = 1024;
 /// The most chunks, each of which is a kernel of its own.
@@ -71,9 +74,9 @@ const MOST_CHUNKS: usize = 64;
 const PASSES_OF_F32: f64 = 6.0;
 
 impl Generation {
-    /// What a kernel may use: XLA keeps a part of VMEM to itself.
-    fn available(self) -> usize {
-        self.vmem_bytes() / 16 * 15
+    /// What a kernel may use: XLA keeps a little of VMEM to itself.
+    pub(super) fn available(self) -> usize {
+        self.vmem_bytes() / 64 * 63
     }
 }
 
@@ -84,27 +87,27 @@ impl Tile {
     }
 
     /// Those to choose from, for `tokens` and `vocab` of a problem.
-    fn choices(spec: &Spec) -> impl Iterator<Item = Tile> {
-        let most = |size: usize| size.next_multiple_of(128);
-        let (tokens, vocab, d) = (most(spec.shape.tokens), most(spec.shape.vocab), spec.shape.hidden);
-        let tiles = SIZES.into_iter().flat_map(|tokens| SIZES.map(|vocab| Tile { tokens, vocab }));
+    fn choices(spec: &Spec, most: usize) -> impl Iterator<Item = Tile> {
+        let [tokens, vocab] = [spec.shape.tokens, spec.shape.vocab].map(|size| size.next_multiple_of(128));
+        let d = spec.shape.hidden;
+        let vocabs = (VOCAB[1]..=VOCAB[0]).step_by(VOCAB[1]);
+        let tiles = vocabs.flat_map(|vocab| TOKENS.map(|tokens| Tile { tokens, vocab }));
         let wide = move |size: usize, of: usize| size <= of.max(128);
-        tiles.filter(move |tile| wide(tile.tokens, tokens) && wide(tile.vocab, vocab) && tile.tokens * tile.vocab * d <= MOST)
+        tiles.filter(move |tile| wide(tile.tokens, tokens) && wide(tile.vocab, vocab) && tile.tokens * tile.vocab * d <= most)
     }
 }
 
-/// Bytes of VMEM that the forward takes.
-fn forward_vmem(spec: &Spec, tile: Tile) -> usize {
-    let logits = 3 * forward::at_once(tile) * tile.tokens * size_of::<f32>();
-    let [of_q, of_k] = spec.elements().map(Element::bytes);
-    let operands = spec.shape.hidden * (of_q * tile.tokens + of_k * forward::at_once(tile));
-    let temporary = logits + operands + transposed(spec, tile) + parts(spec, spec.operand(), tile);
-    with_margin(forward::frame(spec, tile).vmem_bytes() + temporary)
+/// Bytes of VMEM that the forward takes: its windows and scratch, and what the compiler copies and spills beside them. That is at
+/// most the operands of a product, or the parts that float32 is multiplied in, and its result, and here the result before.
+fn forward_vmem(spec: &Spec, generation: Generation, tile: Tile) -> usize {
+    let rows = forward::at_once(tile);
+    let temporary = 2 * rows * tile.tokens * size_of::<f32>() + copies(spec, tile.tokens + rows, 16) + transposed(spec, tile);
+    with_margin(forward::frame(spec, tile).vmem_bytes(generation.cores()) + temporary)
 }
 
-/// For what the compiler spills: an eighth, and half a MiB.
-fn with_margin(bytes: usize) -> usize {
-    bytes + bytes / 8 + (1 << 19)
+/// Of so many rows of Q and K, whose products take so many bytes of each float32.
+fn copies(spec: &Spec, rows: usize, of_f32: usize) -> usize {
+    rows * spec.shape.hidden.next_multiple_of(128) * if spec.operand() == Element::F32 { of_f32 } else { 2 }
 }
 
 /// Of K's tile, where it lies the other way round.
@@ -112,18 +115,22 @@ fn transposed(spec: &Spec, tile: Tile) -> usize {
     if spec.layout == Layout::Dv { tile.vocab * spec.shape.hidden * spec.elements()[1].bytes() } else { 0 }
 }
 
-/// Of the parts in bfloat16 that products of float32 are made of.
-fn parts(spec: &Spec, operand: Element, tile: Tile) -> usize {
-    if operand == Element::F32 { 3 * (tile.tokens + tile.vocab) * spec.shape.hidden * size_of::<f32>() } else { 0 }
+/// For what else the compiler spills.
+fn with_margin(bytes: usize) -> usize {
+    bytes + bytes / 16 + (1 << 18)
 }
 
 /// Bytes of VMEM that the largest kernel of a backward takes.
-fn backward_vmem(backward: &Backward, plan: BackwardPlan) -> usize {
+fn backward_vmem(backward: &Backward, generation: Generation, plan: BackwardPlan) -> usize {
     let (spec, tile) = (&backward.spec, plan.tile);
-    let logits = 3 * tile.tokens * tile.vocab * size_of::<f32>();
-    let operand = if backward.dlogits() == Dlogits::F32 { Element::F32 } else { Element::Bf16 };
-    let temporary = logits + transposed(spec, tile) + parts(spec, operand, tile);
-    let vmem = |kernel: &Kernel| with_margin(kernel.frame().vmem_bytes() + temporary);
+    let vmem = |kernel: &Kernel| {
+        let both = matches!(kernel.gives, Gives::Both(_));
+        let all = copies(spec, tile.tokens + tile.vocab, if both { 16 } else { 8 });
+        // Of tiles as small as this less is copied.
+        let smallest = !both && [tile.tokens, tile.vocab] == [128; 2];
+        let copies = if smallest { all / 8 * 5 } else { all } + transposed(spec, tile);
+        with_margin(kernel.frame().vmem_bytes(generation.cores()) + copies + tile.tokens * tile.vocab * size_of::<f32>())
+    };
     match plan.form {
         Form::OnePass { at_once, cores } => backward.chunks(tile, at_once, cores).iter().map(vmem).max(),
         Form::TwoKernels { cores } => backward.apart(tile, cores).iter().map(vmem).max(),
@@ -151,10 +158,9 @@ impl Work {
     }
 }
 
-/// Tokens and vocab ids in whole tiles, and D, of a spec.
-fn padded(spec: &Spec, tile: Tile, tokens: usize) -> [f64; 3] {
-    let sizes = [tokens.next_multiple_of(tile.tokens), spec.shape.vocab.next_multiple_of(tile.vocab), spec.shape.hidden];
-    sizes.map(|size| size as f64)
+/// Tokens and vocab ids in whole tiles, or pieces of tiles, and D, of a spec.
+fn padded(spec: &Spec, [tokens, vocab]: [usize; 2], n: usize) -> [f64; 3] {
+    [n.next_multiple_of(tokens), spec.shape.vocab.next_multiple_of(vocab), spec.shape.hidden].map(|size| size as f64)
 }
 
 fn passes(operand: Element) -> f64 {
@@ -162,14 +168,14 @@ fn passes(operand: Element) -> f64 {
 }
 
 fn forward_cycles(spec: &Spec, generation: Generation, tile: Tile) -> f64 {
-    let [n, v, d] = padded(spec, tile, spec.shape.tokens);
+    let [n, v, d] = padded(spec, [tile.tokens, forward::at_once(tile)], spec.shape.tokens);
     let [of_q, of_k] = spec.elements().map(|element| element.bytes() as f64);
     let n_tiles = n / tile.tokens as f64;
     let cores = generation.cores() as f64;
     let work = Work {
         operations: 2.0 * n * v * d * passes(spec.operand()),
         bytes: d * (of_q * n + of_k * v * n_tiles),
-        steps: n_tiles * v / tile.vocab as f64,
+        steps: n_tiles * (v / tile.vocab as f64).ceil(),
         sums: 0.0,
         cores: n_tiles / (n_tiles / cores).ceil(),
     };
@@ -186,7 +192,7 @@ fn backward_cycles(backward: &Backward, generation: Generation, plan: BackwardPl
 
 fn kernel_cycles(kernel: &Kernel, generation: Generation) -> f64 {
     let (spec, tile) = (&kernel.of.spec, kernel.tile);
-    let [n, v, d] = padded(spec, tile, kernel.tokens);
+    let [n, v, d] = padded(spec, [tile.tokens, tile.vocab], kernel.tokens);
     let [of_q, of_k] = spec.elements().map(|element| element.bytes() as f64);
     let [n_tiles, v_tiles] = [n / tile.tokens as f64, v / tile.vocab as f64];
     let (parts, operand) = match kernel.of.dlogits() {
@@ -204,8 +210,10 @@ fn kernel_cycles(kernel: &Kernel, generation: Generation) -> f64 {
             (products, summed, of_q * n * v_tiles + (of_k + of_dk) * v, dk.cores)
         }
     };
+    let wasted = |size: usize| size.next_multiple_of(generation.mxu_width()) as f64 / size as f64;
+    let done = 2.0 * n * v * d * wasted(tile.tokens) * wasted(tile.vocab) * wasted(spec.shape.hidden);
     let work = Work {
-        operations: 2.0 * n * v * d * (passes(spec.operand()) + products * parts * passes(operand)),
+        operations: done * (passes(spec.operand()) + products * parts * passes(operand)),
         bytes: rows * d,
         steps: n_tiles * v_tiles,
         sums: summed as f64 * d / 1024.0,
@@ -225,9 +233,10 @@ fn smaller(hidden: usize, fits: impl Fn(usize) -> bool) -> String {
 
 impl Spec {
     fn fitting(&self, generation: Generation) -> Option<Tile> {
-        let fits = |tile: &Tile| forward_vmem(self, *tile) <= generation.available();
+        let fits = |tile: &Tile| forward_vmem(self, generation, *tile) <= generation.available();
         let cycles = |tile: &Tile| forward_cycles(self, generation, *tile);
-        Tile::choices(self).filter(fits).min_by(|x, y| cycles(x).total_cmp(&cycles(y)))
+        let full = |tile: &Tile| tile.vocab == 128 || forward::at_once(*tile) == forward::AT_ONCE;
+        Tile::choices(self, MOST[0]).filter(full).filter(fits).min_by(|x, y| cycles(x).total_cmp(&cycles(y)))
     }
 
     /// The forward's tile for this chip: of those that fit, the one that a model of its time finds fastest.
@@ -240,14 +249,19 @@ impl Spec {
             let tile = Tile { tokens: 128, vocab: 128 };
             let with = |hidden| Spec { shape: Shape { hidden, ..self.shape }, ..*self };
             let fits = |hidden| with(hidden).fitting(generation).is_some();
-            vmem_error(format!("the forward with {tile}"), forward_vmem(self, tile), generation, smaller(self.shape.hidden, fits))
+            vmem_error(
+                format!("the forward with {tile}"),
+                forward_vmem(self, generation, tile),
+                generation,
+                smaller(self.shape.hidden, fits),
+            )
         })
     }
 
     /// Bytes of VMEM that the forward takes with this tile.
     pub(super) fn fits(&self, generation: Generation, tile: Tile) -> Result<usize, TpuError> {
         tile.validate()?;
-        let needed = forward_vmem(self, tile);
+        let needed = forward_vmem(self, generation, tile);
         if needed <= generation.available() {
             return Ok(needed);
         }
@@ -259,7 +273,7 @@ impl Spec {
 impl Backward {
     fn choices(&self, generation: Generation) -> impl Iterator<Item = BackwardPlan> {
         let (n, cores) = (self.spec.shape.tokens, generation.cores());
-        Tile::choices(&self.spec).flat_map(move |tile| {
+        Tile::choices(&self.spec, MOST[1]).flat_map(move |tile| {
             let whole = n.next_multiple_of(tile.tokens);
             let chunks = (1..).map(move |parts: usize| whole.div_ceil(parts).next_multiple_of(tile.tokens));
             let chunks = chunks.take_while(move |&at_once| at_once == whole || at_once >= FEWEST).take(MOST_CHUNKS);
@@ -269,7 +283,7 @@ impl Backward {
     }
 
     fn fitting(&self, generation: Generation) -> Option<BackwardPlan> {
-        let fits = |plan: &BackwardPlan| backward_vmem(self, *plan) <= generation.available();
+        let fits = |plan: &BackwardPlan| backward_vmem(self, generation, *plan) <= generation.available();
         let cycles = |plan: &BackwardPlan| backward_cycles(self, generation, *plan);
         self.choices(generation).filter(fits).min_by(|x, y| cycles(x).total_cmp(&cycles(y)))
     }
@@ -285,7 +299,7 @@ impl Backward {
             let with = |hidden| Spec { shape: Shape { hidden, ..self.spec.shape }, ..self.spec };
             let fits = |hidden| Backward { spec: with(hidden), ..*self }.fitting(generation).is_some();
             let remedy = smaller(self.spec.shape.hidden, fits);
-            vmem_error(format!("the backward, {plan},"), backward_vmem(self, plan), generation, remedy)
+            vmem_error(format!("the backward, {plan},"), backward_vmem(self, generation, plan), generation, remedy)
         })
     }
 
@@ -301,7 +315,7 @@ impl Backward {
         if ![1, generation.cores()].contains(&cores) {
             return Err(TpuError::Cores { found: cores, generation });
         }
-        let needed = backward_vmem(self, plan);
+        let needed = backward_vmem(self, generation, plan);
         if needed <= generation.available() {
             return Ok(needed);
         }

@@ -47,7 +47,7 @@ impl Spec {
         let (text, outputs) = Body::function(&inputs, |program, arguments| {
             let [q, k, labels] = arguments else { unreachable!("three of them") };
             let labels = program.reshape(labels, &[1, n]);
-            let results = call.emit(program, &[q.clone(), k.clone(), labels], vmem_bytes);
+            let results = call.emit(program, &[q.clone(), k.clone(), labels], generation.available());
             let names = ["loss", "lse", "label_logits"].into_iter();
             names.zip(results).map(|(name, result)| (name, program.reshape(&result, &[n]))).collect()
         });
@@ -80,7 +80,7 @@ impl Backward {
         let mut kernels = Vec::new();
         let donated = self.accumulate.then(|| (inputs.len() - 1, 1));
         let (text, outputs) = Body::function_taking_over(&inputs, donated, |program, arguments| {
-            let mut emitter = Emitter { of: self, program, arguments, kernels: &mut kernels, vmem_bytes };
+            let mut emitter = Emitter { of: self, program, arguments, kernels: &mut kernels, generation };
             let [dq, dk] = match plan.form {
                 Form::OnePass { at_once, cores } => emitter.one_pass(plan.tile, at_once, cores),
                 Form::TwoKernels { cores } => emitter.two_kernels(plan.tile, cores),
@@ -115,7 +115,7 @@ struct Emitter<'a> {
     program: &'a mut Body,
     arguments: &'a [Value],
     kernels: &'a mut Vec<(&'static str, String)>,
-    vmem_bytes: usize,
+    generation: Generation,
 }
 
 impl Emitter<'_> {
@@ -142,7 +142,7 @@ impl Emitter<'_> {
 
     fn run(&mut self, kernel: &Kernel, operands: &[Value]) -> Vec<Value> {
         let call = kernel.call();
-        let results = call.emit(self.program, operands, self.vmem_bytes);
+        let results = call.emit(self.program, operands, self.generation.available());
         self.kernels.push((call.name, call.body));
         results
     }

@@ -394,9 +394,20 @@ impl Frame {
         )
     }
 
-    /// Bytes of VMEM that the windows and the scratch take, each padded to whole registers.
-    pub fn vmem_bytes(&self) -> usize {
-        let windows = self.windows.iter().map(|w| padded_bytes(w.block, w.element) * if w.single { 1 } else { 2 });
+    /// Bytes of VMEM that the windows and the scratch take on each of `cores`, each padded to whole registers. A window has two
+    /// buffers, to fetch or to write one while the other is used, but for one that stays where it is.
+    pub fn vmem_bytes(&self, cores: usize) -> usize {
+        let moves_along = |dimension: usize| {
+            let (steps, any_order) = self.grid[dimension];
+            steps > if any_order { cores } else { 1 }
+        };
+        let moves = |at: At| match at {
+            At::Start => false,
+            At::Step(dimension) => moves_along(dimension),
+            At::Shared { .. } => moves_along(0) || moves_along(1),
+        };
+        let buffers = |w: &Window| if w.single || !w.place.into_iter().any(moves) { 1 } else { 2 };
+        let windows = self.windows.iter().map(|w| buffers(w) * padded_bytes(w.block, w.element));
         windows.chain(self.scratch.iter().map(|&(dims, element)| padded_bytes(dims, element))).sum()
     }
 }

@@ -39,7 +39,7 @@ fn v6e() {
     is_right_at_its_real_size(Generation::V6e, DType::F32);
 }
 
-/// Any bfloat16 problem has a plan on every chip, and so has float32 up to D = 3000 or so on v4 and any on the others.
+/// Any bfloat16 problem has a plan on every chip, and any of float32 but for large D on v4.
 #[test]
 fn every_size_has_a_plan() {
     for generation in Generation::ALL {
@@ -47,15 +47,15 @@ fn every_size_has_a_plan() {
         {
             for dtype in [DType::Bf16, DType::F32] {
                 let spec = spec(n, d, v, dtype);
-                let (forward, backward) = (spec.plan(generation), Backward::plain(spec).plan(generation));
-                if generation == Generation::V4 && dtype == DType::F32 && d > 3000 {
-                    let errors = [forward.unwrap_err(), backward.unwrap_err()].map(|error| error.to_string());
-                    for error in errors {
+                let forward = spec.plan(generation).map(|_| ());
+                let backward = Backward::plain(spec).plan(generation).map(|_| ());
+                for (plan, most) in [(forward, 2048), (backward, 4096)] {
+                    if generation == Generation::V4 && dtype == DType::F32 && d > most {
+                        let error = plan.unwrap_err().to_string();
                         assert!(error.contains("a core of v4 has 15 MiB; D up to "), "{error}");
+                    } else {
+                        plan.unwrap();
                     }
-                } else {
-                    forward.unwrap();
-                    backward.unwrap();
                 }
             }
         }

@@ -91,9 +91,20 @@ fn nothing_planted_nothing_refused() {
 
 #[test]
 fn an_unmasked_tail() {
-    let unmasked = |text: &str| text.replace("value = 500 : i32", "value = 512 : i32");
-    refused_forward(unmasked);
-    refused_backward(unmasked);
+    // 500 vocab ids are 62 groups of eight, and 4.
+    refused_forward(|text| text.replace("dense<4> : vector<8x128xi32>", "dense<8> : vector<8x128xi32>"));
+    refused_backward(|text| text.replace("value = 500 : i32", "value = 512 : i32"));
+}
+
+/// A tile leaves its last logits to the next; ahead of the first there are none.
+#[test]
+fn logits_from_before_the_first_tile() {
+    refused_forward(|text| {
+        let of_start = "(vector<8x128xi32>, vector<8x128xi32>)";
+        line_with(text, "scf.if", &["arith.cmpi", "predicate = 4", of_start], |line| {
+            line.replace("predicate = 4", "predicate = 5")
+        })
+    });
 }
 
 /// 0·NaN is NaN: that s is 0 there is not enough.
