@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from .. import _native
 from .options import default_dlogits
+from .versions import HAS_TPU_KERNELS
 
 _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """There is no Rust kernel for a platform: the loss runs in JAX."""
+    """There is no Rust kernel for a platform, or for a loss on it: it runs in JAX."""
 
 
 class Implementation(NamedTuple):
@@ -22,7 +23,7 @@ class Implementation(NamedTuple):
     name: str
     """`"rust"` or `"jax"`."""
     detail: str
-    """Which kernel on how many threads, or why not."""
+    """Which kernel, and how it runs, or why not."""
 
 
 def implementation(platform: str | None = None) -> Implementation:
@@ -32,9 +33,12 @@ def implementation(platform: str | None = None) -> Implementation:
         platform: `"cpu"`, `"gpu"`, `"tpu"`, …
     """
     platform = platform or jax.default_backend()
-    if _name_of(platform) == "rust":
+    if platform == "cpu":
         return Implementation("rust", f"kernel {_native.kernel_name()}, {_native.threads()} threads")
-    return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on cpu, not on {platform}")
+    if platform == "tpu" and HAS_TPU_KERNELS:
+        return Implementation("rust", f"Mosaic kernels for TPU {', '.join(_native.tpu_generations())}")
+    where = "cpu and tpu" if HAS_TPU_KERNELS else "cpu"
+    return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on {where}, not on {platform}")
 
 
 def set_threads(threads: int) -> None:
@@ -50,14 +54,16 @@ def set_threads(threads: int) -> None:
 
 def warn_of_fallback() -> None:
     """Says so, once, if programs for the default platform will run in JAX."""
-    platform = jax.default_backend()
-    if _name_of(platform) == "jax" and platform not in _warned:
-        _warned.add(platform)
-        warnings.warn(f"fused_cross_entropy: {implementation(platform).detail}", FallbackWarning, stacklevel=3)
+    found = implementation()
+    if found.name == "jax":
+        notice(found.detail)
 
 
-def _name_of(platform: str) -> str:
-    return "rust" if platform == "cpu" else "jax"
+def notice(message: str) -> None:
+    """Says, once, what runs in JAX."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fused_cross_entropy: {message}", FallbackWarning, stacklevel=4)
 
 
 def contract(
@@ -72,7 +78,7 @@ def contract(
     given = tuple(jnp.dtype(getattr(x, "dtype", x)).name for x in (hidden, unembedding))
     inputs = given if operands is None else (jnp.dtype(operands).name,) * 2
     dlogits = dlogits or default_dlogits(given)
-    if (implementation or _name_of(jax.default_backend())) == "rust":
+    if implementation != "jax" and jax.default_backend() == "cpu":
         precision = _native.kernel_contract(inputs, given, dlogits)
     else:
         precision = dlogits if inputs == ("bfloat16", "bfloat16") else "f32"
