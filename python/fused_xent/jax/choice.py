@@ -10,6 +10,7 @@ from .. import _native
 from .options import default_dlogits
 from .versions import HAS_TPU_KERNELS
 
+_WITH_KERNELS = ("cpu", "tpu") if HAS_TPU_KERNELS else ("cpu",)
 _warned: set[str] = set()
 
 
@@ -33,12 +34,12 @@ def implementation(platform: str | None = None) -> Implementation:
         platform: `"cpu"`, `"gpu"`, `"tpu"`, …
     """
     platform = platform or jax.default_backend()
-    if platform == "cpu":
-        return Implementation("rust", f"kernel {_native.kernel_name()}, {_native.threads()} threads")
-    if platform == "tpu" and HAS_TPU_KERNELS:
-        return Implementation("rust", f"Mosaic kernels for TPU {', '.join(_native.tpu_generations())}")
-    where = "cpu and tpu" if HAS_TPU_KERNELS else "cpu"
-    return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on {where}, not on {platform}")
+    if platform not in _WITH_KERNELS:
+        where = " and ".join(_WITH_KERNELS)
+        return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on {where}, not on {platform}")
+    if platform == "tpu":
+        return Implementation("rust", f"Mosaic kernels for TPUs: {', '.join(_native.tpu_generations())}")
+    return Implementation("rust", f"kernel {_native.kernel_name()}, {_native.threads()} threads")
 
 
 def set_threads(threads: int) -> None:
@@ -54,9 +55,9 @@ def set_threads(threads: int) -> None:
 
 def warn_of_fallback() -> None:
     """Says so, once, if programs for the default platform will run in JAX."""
-    found = implementation()
-    if found.name == "jax":
-        notice(found.detail)
+    platform = jax.default_backend()
+    if platform not in _WITH_KERNELS:
+        notice(implementation(platform).detail)
 
 
 def notice(message: str) -> None:

@@ -71,7 +71,7 @@ def _run(made: TpuProgram, options: Options, name: str, hidden, targets, unembed
     masked, bad, labels = chunked.labels_of(options, targets, token_weights)
     flat = [hidden.reshape(-1, hidden.shape[-1]), unembedding, jnp.where(masked, -1, labels).reshape(-1)]
     flat += [x.reshape(-1) for x in per_token]
-    run = functools.partial(_kernels.bind, *flat, text=made.text, name=f"fused_xent_{name}")
+    run = functools.partial(_kernels[name].bind, *flat, text=made.text)
     if name == "backward":
         # The lse of bad tokens is NaN, and so is what their gradients enter.
         d_hidden, d_unembedding = run(results=((0, options.gradients[0]), (1, options.gradients[1])))
@@ -111,13 +111,14 @@ def _lower_elsewhere(context: mlir.LoweringRuleContext, *operands: Any, options:
     return mlir.lower_fun(functools.partial(getattr(chunked, name), options))(context, *operands)
 
 
-def _lower_kernels(context: mlir.LoweringRuleContext, *operands: Any, text: str, name: str, results: Any) -> Sequence[Any]:
+def _lower_kernels(context: mlir.LoweringRuleContext, *operands: Any, text: str, results: Any) -> Sequence[Any]:
     """Adds the program's function to the module, and a call of it."""
-    module = mlir.ir.Module.parse(text)
-    (main,) = module.body.operations
+    program = mlir.ir.Module.parse(text)
+    (main,) = program.body.operations
     types = main.type.results
-    main = mlir.merge_mlir_modules(context.module_context.module, name, module, dst_symtab=context.module_context.symbol_table)
-    callee = {"callee": mlir.ir.FlatSymbolRefAttr.get(main)}
+    module = context.module_context
+    name = mlir.merge_mlir_modules(module.module, "fused_xent_kernels", program, dst_symtab=module.symbol_table)
+    callee = {"callee": mlir.ir.FlatSymbolRefAttr.get(name)}
     return mlir.ir.Operation.create("func.call", results=types, operands=operands, attributes=callee).results
 
 
@@ -128,7 +129,7 @@ def _types(*operands: Any, results: tuple[tuple[int, str], ...], **_: Any) -> li
 
 def _batched(operands: Sequence[jax.Array], dims: Sequence[Any], **parameters: Any):
     """One example after the other."""
-    mapped = [dim is not batching.not_mapped for dim in dims]
+    mapped = [dim is not None for dim in dims]
     moved = [jnp.moveaxis(x, dim, 0) for x, dim, is_mapped in zip(operands, dims, mapped) if is_mapped]
 
     def one(own: list[jax.Array]):
@@ -145,15 +146,20 @@ def _compiled(*operands: jax.Array, **parameters: Any):
         return jax.jit(functools.partial(_pass.bind, **parameters))(*operands)
 
 
-_pass = Primitive("fused_xent_on_tpu")
-_pass.multiple_results = True
-_pass.def_abstract_eval(_types)
+def _primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(_types)
+    return primitive
+
+
+_pass = _primitive("fused_xent_on_tpu")
 _pass.def_impl(_compiled)
 batching.primitive_batchers[_pass] = _batched
 mlir.register_lowering(_pass, _lower_elsewhere)
 mlir.register_lowering(_pass, _lower, platform="tpu")
 
-_kernels = Primitive("fused_xent_kernels")
-_kernels.multiple_results = True
-_kernels.def_abstract_eval(_types)
-mlir.register_lowering(_kernels, _lower_kernels)
+_kernels = {name: _primitive(f"fused_xent_{name}") for name in ("forward", "backward")}
+"""XLA calls kernels by these names."""
+for _of_pass in _kernels.values():
+    mlir.register_lowering(_of_pass, _lower_kernels)
