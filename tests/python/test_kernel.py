@@ -283,6 +283,7 @@ def test_bad_tokens_are_errors_where_rust_runs_and_nan_where_jax_does():
 
 
 @each_jaxlib
+@pytest.mark.filterwarnings("ignore::fused_xent.jax.FallbackWarning")
 def test_the_implementation_is_chosen_for_the_platform_when_lowered():
     hidden, targets, unembedding, _, _ = problem((13, 8, 300), (BF16, BF16), 1.0)
     both = lambda q, k: jax.value_and_grad(lambda q, k: fused_cross_entropy(q, targets, k).reduced, (0, 1))(q, k)

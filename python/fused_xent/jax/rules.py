@@ -16,9 +16,10 @@ def _run(name: str, options: Options, *operands: jax.Array):
     in_rust, on_tpu, in_jax = (functools.partial(getattr(module, name), options) for module in (rust, tpu, chunked))
     if options.implementation == "jax":
         return in_jax(*operands)
-    kernels = {"cpu": in_rust, "tpu": on_tpu} if HAS_TPU_KERNELS else {"cpu": in_rust}
-    default = in_jax if options.implementation is None else None
-    return lax.platform_dependent(*operands, **kernels, default=default)
+    kernels = {"tpu": on_tpu} if HAS_TPU_KERNELS else {}
+    if options.implementation == "rust":
+        return lax.platform_dependent(*operands, default=in_rust, **kernels)
+    return lax.platform_dependent(*operands, default=in_jax, cpu=in_rust, **kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -102,7 +102,7 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, options: Options, 
         except ValueError as refusal:
             if options.implementation == "rust" or options.tpu.forward or options.tpu.backward:
                 raise
-            notice(f"{refusal}: its {name} runs in JAX")
+            notice(f"{refusal}; it runs in JAX instead")
     return mlir.lower_fun(body)(context, *operands)
 
 
