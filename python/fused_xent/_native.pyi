@@ -77,4 +77,3 @@ class TpuProgram:
 
     text: str
     kernels: list[tuple[str, str]]
-    plan: str

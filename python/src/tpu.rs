@@ -39,14 +39,11 @@ struct TpuProgram {
     text: String,
     /// Name and Mosaic body of each kernel, in the order in which they run.
     kernels: Vec<(&'static str, String)>,
-    /// How they are cut, in words.
-    plan: String,
 }
 
-impl TpuProgram {
-    fn new(program: Result<Program, TpuError>, plan: impl ToString) -> PyResult<Self> {
-        let Program { text, kernels, .. } = program.map_err(refused)?;
-        Ok(Self { text, kernels, plan: plan.to_string() })
+impl From<Program> for TpuProgram {
+    fn from(Program { text, kernels, .. }: Program) -> Self {
+        Self { text, kernels }
     }
 }
 
@@ -89,8 +86,7 @@ impl TpuSpec {
     #[pyo3(signature = (tile=None))]
     fn forward(&self, tile: Option<[usize; 2]>) -> PyResult<TpuProgram> {
         let tile = tile.map(|[tokens, vocab]| Tile { tokens, vocab });
-        let tile = tile.map_or_else(|| self.spec.plan(self.generation), Ok).map_err(refused)?;
-        TpuProgram::new(self.spec.forward(self.generation, Some(tile)), tile)
+        self.spec.forward(self.generation, tile).map(TpuProgram::from).map_err(refused)
     }
 
     /// For the cotangents of loss, lse and label logits. `plan`: tokens and vocab ids of a tile, and the tokens of one pass, or 0
@@ -109,7 +105,6 @@ impl TpuSpec {
             tile: Tile { tokens, vocab },
             form: if at_once == 0 { Form::TwoKernels { cores } } else { Form::OnePass { at_once, cores } },
         });
-        let plan = plan.map_or_else(|| backward.plan(self.generation), Ok).map_err(refused)?;
-        TpuProgram::new(backward.program(self.generation, Some(plan)), plan)
+        backward.program(self.generation, plan).map(TpuProgram::from).map_err(refused)
     }
 }

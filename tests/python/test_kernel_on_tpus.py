@@ -3,6 +3,7 @@
 The kernels' own arithmetic is proven where they are written, in Rust.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from conftest import ROOT
 from jax import export, lax
 from jax.sharding import Mesh, PartitionSpec as P
 from plain import BF16, Truth
+from test_kernel_abi import options as options_of
 from tpu_programs import D, EVERY_OPTION, N, TILES, V
 
 from fused_xent._native import TpuSpec
@@ -142,6 +144,35 @@ def test_under_transformations():
         assert text.count("@tpu_custom_call") >= 2
 
 
+def test_outside_of_any_jit():
+    operands = [jnp.asarray(x) for x in (*ARRAYS, np.ones(48, np.float32), np.int32(0))]
+    of = options_of(valid_vocab=320, vocab=320)
+    with jax.disable_jit():
+        found = tpu.forward(of, *operands)
+    for x, y in zip(found, jax.jit(functools.partial(chunked.forward, of))(*operands)):
+        np.testing.assert_array_equal(x, y)
+
+
+@each_jaxlib
+def test_what_rust_puts_around_the_kernels_is_there_to_the_word():
+    """Two cores whose shares of dQ are added, and three chunks of tokens, the last one not whole."""
+    arrays = (np.ones((350, 24), BF16), np.arange(350, dtype=np.int32), np.ones((400, 24), BF16))
+    program = lambda *arrays: loss_and_gradients(*arrays, tpu=Tpu("v5p", (128, 128), (128, 128, 128)))
+    module = jax.jit(program).trace(*arrays).lower(lowering_platforms=("tpu",)).compiler_ir()
+    functions = [f for f in module.body.operations if "fused_xent_kernels" in str(f.attributes["sym_name"])]
+    ours = spec("v5p", ("bfloat16", "bfloat16"), shape=(350, 24, 400))
+    ours = [ours.forward((128, 128)), ours.backward(("bfloat16", "bfloat16"), "bf16", (128, 128, 128))]
+    assert [len(program.kernels) for program in ours] == [1, 3] and len(functions) == 2
+    for function, program in zip(functions, ours):
+        alone = type(module).parse(program.text, module.context)
+        (main,) = alone.body.operations
+        assert operations(function) == operations(main) and len(operations(main)) > 3
+
+
+def operations(function):
+    return [str(operation) for operation in function.regions[0].blocks[0].operations]
+
+
 def refused(name, *arrays, inside=lambda f: f, **options):
     """Runs in JAX and says why once, and is an error where the kernel is asked for."""
     with pytest.warns(FallbackWarning, match=name) as said:
@@ -173,6 +204,7 @@ def test_tiles_that_do_not_fit_are_errors():
         (Tpu("v6e", backward=(128, 128, 100)), "100 tokens at a time: expected a multiple of the tile's 128"),
         (Tpu("v4", forward=(65536, 1024)), "needs .* MiB of VMEM; a core of v4 has 15 MiB; .* fits"),
         (Tpu("v9"), "the generation of tpu is 'v9'; expected one of None, 'v4'"),
+        (Tpu(forward=128), "tpu has forward=128; expected 2 numbers"),
         (Tpu(forward=(128,)), r"tpu has forward=\(128,\); expected 2 numbers"),
         (Tpu(backward=(128, 128, -1)), "a size in .* is -1"),
     ]:
@@ -212,9 +244,9 @@ class AsPromised:
         self.compute = getattr(chunked, name)
 
     def bind(self, hidden, unembedding, labels, *per_token, text, results):
-        options = SimpleNamespace(**{**vars(text), "ignore_index": -1, "poison": False})
+        changed = SimpleNamespace(**{**vars(text), "ignore_index": -1, "poison": False})
         assert hidden.ndim == 2 and labels.ndim == 1 and labels.dtype == jnp.int32 and len(results) in (2, 3)
-        return self.compute(options, hidden, labels, unembedding, jnp.ones(labels.shape), jnp.int32(0), *per_token)
+        return self.compute(changed, hidden, labels, unembedding, jnp.ones(labels.shape), jnp.int32(0), *per_token)
 
 
 @pytest.fixture

@@ -79,7 +79,9 @@ def contract(
     given = tuple(jnp.dtype(getattr(x, "dtype", x)).name for x in (hidden, unembedding))
     inputs = given if operands is None else (jnp.dtype(operands).name,) * 2
     dlogits = dlogits or default_dlogits(given)
-    if implementation != "jax" and jax.default_backend() == "cpu":
+    platform = jax.default_backend()
+    runs = implementation or ("rust" if platform in _WITH_KERNELS else "jax")
+    if runs == "rust" and platform != "tpu":
         precision = _native.kernel_contract(inputs, given, dlogits)
     else:
         precision = dlogits if inputs == ("bfloat16", "bfloat16") else "f32"

@@ -211,7 +211,7 @@ def _tpu(given: Any) -> Tpu:
         raise TypeError(f"tpu is {given!r}; expected the name of a generation or a fused_xent.jax.Tpu")
     _one_of("the generation of tpu", found.generation, (None, *tpu_generations()))
     for name, of, length in (("forward", found.forward, 2), ("backward", found.backward, 3)):
-        if of is not None and len(of) != length:
+        if of is not None and not (isinstance(of, Sequence) and len(of) == length):
             raise ValueError(f"tpu has {name}={of!r}; expected {length} numbers")
     forward, backward = (of and tuple(_integer(f"a size in {of}", x, 0, 2**31 - 1) for x in of) for of in found[1:])
     return Tpu(found.generation, forward, backward)
