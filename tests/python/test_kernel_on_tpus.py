@@ -88,6 +88,15 @@ def test_each_device_of_a_shard_map_runs_them_on_its_own_tokens(compiled, genera
 
 
 @each_jaxlib
+def test_in_a_scan_that_makes_each_microbatch_again(compiled):
+    ours = spec("v6e", ("bfloat16", "bfloat16"))
+    facts = compiled["v6e"]["microbatches"]
+    backward = ours.backward(("bfloat16", "float32"), "bf16x2")
+    assert facts["kernels"] == {"fused_xent_forward": 2 * digests(ours.forward()), "fused_xent_backward": digests(backward)}
+    assert facts["workspace"] < N * V
+
+
+@each_jaxlib
 def test_float32_every_option_and_tiles_of_ones_own(compiled):
     ours = spec("v6e", ("float32", "float32"), layout="dv", **EVERY_OPTION)
     backward = ours.backward(("float32", "float32"), "f32", TILES.backward)

@@ -21,7 +21,7 @@ from fused_xent.jax import Tpu, fused_cross_entropy
 
 N, D, V = 2048, 256, 16420
 """Tokens of a device; neither they nor V are a multiple of what tiles may be."""
-DEVICES = 4
+DEVICES, MICROBATCHES = 4, 3
 TILES = Tpu(forward=(256, 256), backward=(256, 256, N))
 """Smaller than they would be: the compiler takes long for products of float32."""
 EVERY_OPTION = {"logit_scale": 0.7, "logit_softcap": 20.0, "z_loss": 1e-2, "label_smoothing": 0.1, "valid_vocab": V - 100}
@@ -49,12 +49,31 @@ def gathered(mesh):
     return jax.shard_map(local, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P())
 
 
+def microbatches(mesh):
+    """The same in a scan, and made again in the backward."""
+
+    @jax.checkpoint
+    def loss(hidden, targets, unembedding, weights):
+        out = fused_cross_entropy(
+            hidden, targets, unembedding, weights, token_axes="data", denominator=7.0, operands="bfloat16", implementation="rust"
+        )
+        return out.reduced
+
+    def local(hidden, targets, shard, weights):
+        unembedding = lax.all_gather(shard, "data", tiled=True)
+        parts = [x.reshape(MICROBATCHES, N, *x.shape[1:]) for x in (hidden, targets, weights)]
+        add = lambda total, part: (total + loss(*part[:2], unembedding, part[2]), None)
+        return lax.scan(add, jnp.float32(0), parts)[0]
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P())
+
+
 def bodies(hlo):
     """Digests of the kernels' bodies, by the names that XLA has for them."""
     found = {}
     for line in (line.strip() for line in hlo.splitlines() if 'custom_call_target="tpu_custom_call"' in line):
-        name = re.match(r"%?([a-z_]+)", line)[1]
-        body = re.search(r'"body":"([^"]+)"', line)[1]
+        name = re.match(r"(?:ROOT )?%?([a-z_]+)", line)[1]
+        body = re.search(r'"body": ?"([^"]+)"', line)[1]
         found.setdefault(name, []).append(hashlib.sha256(base64.b64decode(body)).hexdigest())
     return found
 
@@ -83,6 +102,8 @@ def all_of(topology):
     found = {"on_one": facts(on_one, one, N, (bf16, bf16), P(), P())}
     found["gathered"] = facts(gathered(four), four, DEVICES * N, (bf16, f32), P("data"), P("data"))
     if topology.startswith("v6e"):
+        n = DEVICES * MICROBATCHES * N
+        found["microbatches"] = facts(microbatches(four), four, n, (bf16, f32), P("data"), P("data"))
         found["in_float32"] = facts(in_float32, one, N, (f32, f32), P(), P(), "dv")
     return found
 
