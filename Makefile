@@ -22,9 +22,9 @@ pjrt-cpu:
 python:
 	@if tests/scripts/python-venv && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	    $(CARGO) build && VIRTUAL_ENV="$(CURDIR)/.venv" .venv/bin/maturin develop --quiet --manifest-path python/Cargo.toml && \
-	    XENT_DIFF="$(CURDIR)/target/debug/xent-diff" .venv/bin/python -m pytest -q -p no:cacheprovider tests/python && \
+	    XENT_DIFF="$(CURDIR)/target/debug/xent-diff" .venv/bin/python -m pytest -q -rs -p no:cacheprovider tests/python && \
 	    if tests/scripts/python-venv older-jaxlib; then \
-	        PYTHONPATH=python .venv-older-jaxlib/bin/python -m pytest -q -p no:cacheprovider -m each_jaxlib tests/python/test_kernel*.py; \
+	        PYTHONPATH=python .venv-older-jaxlib/bin/python -m pytest -q -rs -p no:cacheprovider -m each_jaxlib tests/python/test_kernel*.py; \
 	    else \
 	        echo "SKIPPED the tests of the kernel in JAX with an older jaxlib, which could not be installed"; \
 	    fi; \

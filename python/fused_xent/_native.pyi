@@ -1,4 +1,4 @@
-"""The native half: the background writer, and the kernel as custom calls of XLA."""
+"""The native half: the background writer, the kernel as custom calls of XLA, and those for TPUs."""
 
 from collections.abc import Buffer, Sequence
 from os import PathLike
@@ -50,3 +50,30 @@ def set_threads(threads: int) -> None: ...
 def threads() -> int: ...
 def kernel_name() -> str: ...
 def kernel_contract(inputs: Sequence[str], gradients: Sequence[str], dlogits: str) -> str: ...
+def tpu_generations() -> list[str]: ...
+def tpu_generation(device_kind: str) -> str | None: ...
+
+class TpuSpec:
+    """A loss, and the chip that it is for. A `ValueError` says why there is no kernel."""
+
+    def __init__(
+        self,
+        generation: str,
+        shape: Sequence[int],
+        inputs: Sequence[str],
+        *,
+        layout: str,
+        valid_vocab: int,
+        logit_scale: float,
+        logit_softcap: float | None,
+        z_loss: float,
+        label_smoothing: float,
+    ) -> None: ...
+    def forward(self, tile: Sequence[int] | None = None) -> TpuProgram: ...
+    def backward(self, gradients: Sequence[str], dlogits: str, plan: Sequence[int] | None = None) -> TpuProgram: ...
+
+class TpuProgram:
+    """A StableHLO program with its kernels: name and Mosaic body of each."""
+
+    text: str
+    kernels: list[tuple[str, str]]

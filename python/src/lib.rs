@@ -2,11 +2,13 @@
 
 mod capture;
 mod ffi;
+mod tpu;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     capture::register(module)?;
-    ffi::register(module)
+    ffi::register(module)?;
+    tpu::register(module)
 }

@@ -283,6 +283,7 @@ def test_bad_tokens_are_errors_where_rust_runs_and_nan_where_jax_does():
 
 
 @each_jaxlib
+@pytest.mark.filterwarnings("ignore::fused_xent.jax.FallbackWarning")
 def test_the_implementation_is_chosen_for_the_platform_when_lowered():
     hidden, targets, unembedding, _, _ = problem((13, 8, 300), (BF16, BF16), 1.0)
     both = lambda q, k: jax.value_and_grad(lambda q, k: fused_cross_entropy(q, targets, k).reduced, (0, 1))(q, k)
@@ -295,14 +296,15 @@ def test_the_implementation_is_chosen_for_the_platform_when_lowered():
 
 def test_where_jax_runs_it_says_so_once(monkeypatch):
     assert implementation() == implementation("cpu") and implementation().name == "rust"
-    assert implementation("tpu").name == "jax" and "not on tpu" in implementation("tpu").detail
+    assert implementation("tpu").name == "rust" and "v6e" in implementation("tpu").detail
+    assert implementation("cuda").name == "jax"
     call = functools.partial(fused_cross_entropy, np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.ones((5, 4), np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         call()
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(choice, "_warned", set())
-        with pytest.raises(FallbackWarning, match="runs on cpu, not on gpu"):
+        with pytest.raises(FallbackWarning, match="runs on cpu and tpu, not on gpu"):
             call()
         call()
     assert contract(jnp.bfloat16, jnp.float32)["dlogits"] == "f32"

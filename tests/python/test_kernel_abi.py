@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fused_xent import _native
-from fused_xent.jax import fused_cross_entropy, rust
+from fused_xent.jax import Tpu, fused_cross_entropy, rust
 from fused_xent.jax.options import Options
 
 pytestmark = pytest.mark.each_jaxlib
@@ -47,7 +47,7 @@ def test_the_structs_lie_as_in_the_header_of_this_jaxlib(tmp_path):
 def options(**changed):
     fields = dict(
         layout="vd", ignore_index=-100, valid_vocab=5, logit_scale=1.0, logit_softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-        vocab=5, vocab_axes=(), operands=None, gradients=("float32", "float32"), dlogits="f32", poison=False, implementation="rust",
+        vocab=5, vocab_axes=(), operands=None, gradients=("float32", "float32"), dlogits="f32", poison=False, implementation="rust", tpu=Tpu(),
     )  # fmt: skip
     return Options(**{**fields, **changed})
 

@@ -26,6 +26,18 @@ impl Generation {
         Self::ALL.into_iter().find(|generation| generation.name() == name)
     }
 
+    /// The generation of devices of that kind, as PJRT and JAX call it: `TPU v6 lite`.
+    pub fn by_device_kind(kind: &str) -> Option<Self> {
+        match kind {
+            "TPU v4" => Some(Self::V4),
+            "TPU v5 lite" | "TPU v5e" => Some(Self::V5e),
+            "TPU v5" | "TPU v5p" => Some(Self::V5p),
+            "TPU v6 lite" | "TPU v6e" => Some(Self::V6e),
+            "TPU7x" => Some(Self::V7x),
+            _ => None,
+        }
+    }
+
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from .. import _native
 from .options import default_dlogits
+from .versions import HAS_TPU_KERNELS
 
+_WITH_KERNELS = ("cpu", "tpu") if HAS_TPU_KERNELS else ("cpu",)
 _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """There is no Rust kernel for a platform: the loss runs in JAX."""
+    """There is no Rust kernel for a platform, or for a loss on it: it runs in JAX."""
 
 
 class Implementation(NamedTuple):
@@ -22,7 +24,7 @@ class Implementation(NamedTuple):
     name: str
     """`"rust"` or `"jax"`."""
     detail: str
-    """Which kernel on how many threads, or why not."""
+    """Which kernel, and how it runs, or why not."""
 
 
 def implementation(platform: str | None = None) -> Implementation:
@@ -32,9 +34,12 @@ def implementation(platform: str | None = None) -> Implementation:
         platform: `"cpu"`, `"gpu"`, `"tpu"`, …
     """
     platform = platform or jax.default_backend()
-    if _name_of(platform) == "rust":
-        return Implementation("rust", f"kernel {_native.kernel_name()}, {_native.threads()} threads")
-    return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on cpu, not on {platform}")
+    if platform not in _WITH_KERNELS:
+        where = " and ".join(_WITH_KERNELS)
+        return Implementation("jax", f"tiles of the vocabulary in JAX; the Rust kernel runs on {where}, not on {platform}")
+    if platform == "tpu":
+        return Implementation("rust", f"Mosaic kernels for TPUs: {', '.join(_native.tpu_generations())}")
+    return Implementation("rust", f"kernel {_native.kernel_name()}, {_native.threads()} threads")
 
 
 def set_threads(threads: int) -> None:
@@ -51,13 +56,15 @@ def set_threads(threads: int) -> None:
 def warn_of_fallback() -> None:
     """Says so, once, if programs for the default platform will run in JAX."""
     platform = jax.default_backend()
-    if _name_of(platform) == "jax" and platform not in _warned:
-        _warned.add(platform)
-        warnings.warn(f"fused_cross_entropy: {implementation(platform).detail}", FallbackWarning, stacklevel=3)
+    if platform not in _WITH_KERNELS:
+        notice(implementation(platform).detail)
 
 
-def _name_of(platform: str) -> str:
-    return "rust" if platform == "cpu" else "jax"
+def notice(message: str) -> None:
+    """Says, once, what runs in JAX."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fused_cross_entropy: {message}", FallbackWarning, stacklevel=4)
 
 
 def contract(
@@ -72,7 +79,9 @@ def contract(
     given = tuple(jnp.dtype(getattr(x, "dtype", x)).name for x in (hidden, unembedding))
     inputs = given if operands is None else (jnp.dtype(operands).name,) * 2
     dlogits = dlogits or default_dlogits(given)
-    if (implementation or _name_of(jax.default_backend())) == "rust":
+    platform = jax.default_backend()
+    runs = implementation or ("rust" if platform in _WITH_KERNELS else "jax")
+    if runs == "rust" and platform != "tpu":
         precision = _native.kernel_contract(inputs, given, dlogits)
     else:
         precision = dlogits if inputs == ("bfloat16", "bfloat16") else "f32"

@@ -28,6 +28,14 @@ def masked_tokens(options: Options, targets: jax.Array, token_weights: jax.Array
     return masked | (targets == options.ignore_index) if limits.min <= options.ignore_index <= limits.max else masked
 
 
+def labels_of(options: Options, targets: jax.Array, token_weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The masked tokens and the bad ones, [..] bool each, and vocab ids, [..] int32, which are 0 there."""
+    masked = masked_tokens(options, targets, token_weights)
+    outside = (targets < 0) | (targets >= options.valid_vocab)
+    bad = ~masked & (outside | ~jnp.isfinite(token_weights))
+    return masked, bad, jnp.where(masked | bad, 0, targets).astype(jnp.int32)
+
+
 def rounded(x: jax.Array, dtype: str | None) -> jax.Array:
     """`x` in `dtype`. (XLA may leave out a mere conversion to bfloat16 and back.)"""
     if dtype == "bfloat16" and x.dtype == jnp.float32:
@@ -48,12 +56,10 @@ class _Problem:
 
     def __init__(self, options, hidden, targets, unembedding, token_weights, start):
         self.options, self.start, self.unembedding = options, start, unembedding
-        self.masked = masked_tokens(options, targets, token_weights)
-        outside = (targets < 0) | (targets >= options.valid_vocab)
-        self.bad = ~self.masked & (outside | ~jnp.isfinite(token_weights))
+        self.masked, self.bad, labels = labels_of(options, targets, token_weights)
         # What a masked token's row holds, be it NaN, is of no account.
         self.hidden = jnp.where(self.masked[..., None], 0, hidden)
-        self.labels = jnp.where(self.masked | self.bad, 0, targets).astype(jnp.int32) - start
+        self.labels = labels - start
         self.axis = 0 if options.layout == "vd" else 1
         self.letters = "vd" if options.layout == "vd" else "dv"
         self.vocab = unembedding.shape[self.axis]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._native import tpu_generations
 from .choice import warn_of_fallback
 from .chunked import masked_tokens
-from .options import Options, default_dlogits
+from .options import Options, Tpu, default_dlogits
 from .rules import per_token
 from .versions import as_varying, in_shard_map, is_explicitly_sharded, type_of
 
@@ -52,15 +53,16 @@ def fused_cross_entropy(
     dlogits: Literal["bf16", "bf16x2", "f32"] | None = None,
     vocab_axis: str | Sequence[str] = (),
     implementation: Literal["rust", "jax"] | None = None,
+    tpu: str | Tpu | None = None,
 ) -> CrossEntropy:
     """The cross-entropy of `softmax(hidden · unembeddingᵀ)`, without ever holding the logits.
 
     ℓ = lse − (1−ε)·z_t − ε·mean_v z_v + z_loss·lse², with z = cap·tanh(scale·(Q·Kᵀ)/cap) and ε = label_smoothing. A token is masked
     where its target is `ignore_index` or its weight is 0: its results and gradients are 0, and its row of `hidden` is not read.
 
-    A target that is no id, or a weight that is not finite, is an error of the program at run time, where the Rust kernel runs; in
-    a `shard_map`, where an error of one device would leave the others waiting, and where JAX runs, the results of that token are
-    NaN, and so are the gradients that it enters.
+    A target that is no id, or a weight that is not finite, is an error of the program at run time on CPUs, where the Rust kernel
+    runs; in a `shard_map`, where an error of one device would leave the others waiting, on TPUs, and where JAX runs, the results of
+    that token are NaN, and so are the gradients that it enters.
 
     Args:
         hidden: Q, [.., D], bfloat16, float16 or float32; its gradient is of the same dtype.
@@ -85,10 +87,13 @@ def fused_cross_entropy(
             `None`: `"bf16"` where both gradients are bfloat16, else `"bf16x2"`. Without bfloat16 it is always `"f32"`.
         vocab_axis: the mesh axis, or axes, over which the vocabulary is split into equal shards: `unembedding` is then that of
             this device. Inside of a `shard_map` only.
-        implementation: `"rust"` (CPU only), `"jax"` or, chosen for the platform when the program is lowered, `None`.
+        implementation: `"rust"` (CPUs and TPUs), `"jax"` or, chosen for the platform when the program is lowered, `None`.
+        tpu: the generation of TPU, where a program is lowered for devices that are not known (`"v6e"`), or how the kernels are
+            cut.
 
     Raises:
-        TypeError, ValueError: a dtype, a shape or an option that does not fit; when the call is traced.
+        TypeError, ValueError: a dtype, a shape or an option that does not fit; when the call is traced. With
+            `implementation="rust"` or tiles of your own, also what no kernel for TPUs is made for; when the program is lowered.
     """
     vocab_axes, token_axes = _axes("vocab_axis", vocab_axis), _axes("token_axes", token_axes)
     hidden, targets, unembedding = jnp.asarray(hidden), _targets(targets), jnp.asarray(unembedding)
@@ -111,6 +116,7 @@ def fused_cross_entropy(
         dlogits=_one_of("dlogits", dlogits, (None, "bf16", "bf16x2", "f32")) or default_dlogits(gradients),
         poison=in_shard_map(),
         implementation=_one_of("implementation", implementation, (None, "rust", "jax")),
+        tpu=_tpu(tpu),
     )
     _one_of("reduction", reduction, ("mean", "sum", "none"))
     if options.operands and "float16" in gradients:
@@ -197,6 +203,18 @@ def _check_shapes(hidden, targets, unembedding, weights, layout) -> int:
         if x.shape != hidden.shape[:-1]:
             raise ValueError(f"{name}: shape {list(x.shape)}; expected {list(hidden.shape[:-1])}, that of hidden without D")
     return vocab
+
+
+def _tpu(given: Any) -> Tpu:
+    found = Tpu() if given is None else Tpu(given) if isinstance(given, str) else given
+    if not isinstance(found, Tpu):
+        raise TypeError(f"tpu is {given!r}; expected the name of a generation or a fused_xent.jax.Tpu")
+    _one_of("the generation of tpu", found.generation, (None, *tpu_generations()))
+    for name, of, length in (("forward", found.forward, 2), ("backward", found.backward, 3)):
+        if of is not None and not (isinstance(of, Sequence) and len(of) == length):
+            raise ValueError(f"tpu has {name}={of!r}; expected {length} numbers")
+    forward, backward = (of and tuple(_integer(f"a size in {of}", x, 0, 2**31 - 1) for x in of) for of in found[1:])
+    return Tpu(found.generation, forward, backward)
 
 
 def _one_of(name: str, found: Any, expected: tuple[Any, ...]) -> Any:

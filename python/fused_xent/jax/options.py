@@ -1,6 +1,19 @@
 """What a fused cross-entropy computes, known when it is traced."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Tpu(NamedTuple):
+    """How the kernels for TPUs are made, where the choice is not left to the model of the chip."""
+
+    generation: str | None = None
+    """`"v4"`, `"v5e"`, `"v5p"`, `"v6e"` or `"v7x"`; `None`: that of the devices for which the program is lowered."""
+    forward: tuple[int, int] | None = None
+    """Tokens and vocab ids of the forward's tile, multiples of 128."""
+    backward: tuple[int, int, int] | None = None
+    """Tokens and vocab ids of the backward's tile, and for how many tokens at a time dQ stays in VMEM; 0: dQ and dK are made by a
+    kernel each."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Options:
     poison: bool
     """Whether bad tokens make NaN rather than an error."""
     implementation: str | None
+    tpu: Tpu
 
 
 def default_dlogits(gradients: tuple[str, str]) -> str:

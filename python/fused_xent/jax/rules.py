@@ -6,18 +6,20 @@ from dataclasses import replace
 import jax
 from jax import lax
 
-from . import chunked, rust
+from . import chunked, rust, tpu
 from .options import Options
-from .versions import as_varying, types_vary, varying_axes
+from .versions import HAS_TPU_KERNELS, as_varying, types_vary, varying_axes
 
 
 def _run(name: str, options: Options, *operands: jax.Array):
-    """What the namesakes in `rust` and `chunked` compute; which of them does is settled when the program is lowered."""
-    in_rust = functools.partial(getattr(rust, name), options)
-    in_jax = functools.partial(getattr(chunked, name), options)
-    if options.implementation is not None:
-        return (in_rust if options.implementation == "rust" else in_jax)(*operands)
-    return lax.platform_dependent(*operands, cpu=in_rust, default=in_jax)
+    """What the namesakes in `rust`, `tpu` and `chunked` compute; which of them does is settled when the program is lowered."""
+    in_rust, on_tpu, in_jax = (functools.partial(getattr(module, name), options) for module in (rust, tpu, chunked))
+    if options.implementation == "jax":
+        return in_jax(*operands)
+    kernels = {"tpu": on_tpu} if HAS_TPU_KERNELS else {}
+    if options.implementation == "rust":
+        return lax.platform_dependent(*operands, default=in_rust, **kernels)
+    return lax.platform_dependent(*operands, default=in_jax, cpu=in_rust, **kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 from jax import lax
 
+HAS_TPU_KERNELS = jax.__version_info__ >= (0, 7)
+"""Whether this JAX lowers what the kernels for TPUs are made with, inside of a `shard_map` too."""
+
 
 def type_of(x: jax.Array) -> Any:
     """What is known of `x` when it is traced."""

@@ -107,13 +107,18 @@ fn kernel_name() -> PyResult<&'static str> {
 /// How dlogits are rounded for inputs hidden and unembedding and gradients of them, each a dtype's name.
 #[pyfunction]
 fn kernel_contract(inputs: [String; 2], gradients: [String; 2], dlogits: &str) -> PyResult<&'static str> {
+    let kernel = engine_in_python()?.kernel.clone().with_dlogits(precision(dlogits)?);
+    Ok(kernel.contract(dtypes(&inputs)?, dtypes(&gradients)?).dlogits.name())
+}
+
+pub(crate) fn dtypes(names: &[String; 2]) -> PyResult<[DType; 2]> {
     let dtype = |name: &String| {
         let known = [DType::Bf16, DType::F16, DType::F32].into_iter().find(|dtype| dtype.name() == name);
         known.ok_or_else(|| PyValueError::new_err(format!("dtype {name}: expected bfloat16, float16 or float32")))
     };
-    let inputs = [dtype(&inputs[0])?, dtype(&inputs[1])?];
-    let gradients = [dtype(&gradients[0])?, dtype(&gradients[1])?];
-    let precision = Dlogits::by_name(dlogits).ok_or_else(|| PyValueError::new_err(format!("dlogits is {dlogits:?}")))?;
-    let kernel = engine_in_python()?.kernel.clone().with_dlogits(precision);
-    Ok(kernel.contract(inputs, gradients).dlogits.name())
+    Ok([dtype(&names[0])?, dtype(&names[1])?])
+}
+
+pub(crate) fn precision(of_dlogits: &str) -> PyResult<Dlogits> {
+    Dlogits::by_name(of_dlogits).ok_or_else(|| PyValueError::new_err(format!("dlogits is {of_dlogits:?}")))
 }
