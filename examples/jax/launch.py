@@ -3,7 +3,8 @@
     python launch.py --processes 2 --devices 2 --timeout 120 train_lm.py --steps 20
 
 Each process is given XLA_FLAGS, JAX_PLATFORMS and, if there are several, LAUNCH_COORDINATOR, LAUNCH_PROCESSES and
-LAUNCH_PROCESS; `join()` makes them a JAX cluster. When one fails, the others have ten seconds to come to the same end.
+LAUNCH_PROCESS; `join()` makes them a JAX cluster, `leave()` ends them together. When one fails, the others have
+ten seconds to come to the same end.
 """
 
 import argparse
@@ -12,9 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 GRACE = 10.0
 """Seconds that the others have once a process has failed."""
+
+LEAVE = 5.0
+"""Seconds that a process which leaves for an error waits for the others."""
 
 
 def join() -> None:
@@ -25,6 +30,29 @@ def join() -> None:
         jax.distributed.initialize(
             os.environ["LAUNCH_COORDINATOR"], int(os.environ["LAUNCH_PROCESSES"]), int(os.environ["LAUNCH_PROCESS"])
         )
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this process with exit code 1 for an error that every process has come to, in step with the others.
+
+    Process 0 keeps what the processes meet through, and JAX aborts (SIGABRT) whoever still listens when it is gone. So they meet once
+    more, and then leave by `jax.distributed.shutdown`, which has them meet too, but for minutes: where a process does not come
+    within `LEAVE` seconds the others go without it, process 0 last.
+    """
+    import jax
+    from fused_xent.agreement import processes, silent
+
+    print(f"process {jax.process_index()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if jax.process_count() == 1:
+        sys.exit(1)
+    met = processes().agree("leave", {}, lambda heard: {"errors": silent(heard)}, LEAVE)
+    if not met["errors"]:
+        jax.distributed.shutdown()
+        sys.exit(1)
+    if jax.process_index() == 0:
+        time.sleep(1.0)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def launch(program: list[str], processes: int, devices: int, timeout: float, out=None) -> list[int | None]:

@@ -39,13 +39,14 @@ class JaxProcesses:
         """What process 0 makes of what every process said; the same on every process.
 
         `conclude` gets what the processes said, in order, and `None` for one that said nothing within `timeout` seconds.
+        Process 0 may be the last to come, and then waits for as long: the others give it that time, so that it names who is missing.
         """
         deadline = time.monotonic() + timeout
         self._store.key_value_set(f"{key}/said/{self.index}", json.dumps(said))
         if self.index == 0:
             heard = [self._read(f"{key}/said/{i}", deadline) for i in range(self.count)]
             self._conclude(key, conclude(heard))
-        elif self._read(f"{key}/concluded", deadline) is None:
+        elif self._read(f"{key}/said/0", deadline) is None or self._read(f"{key}/concluded", deadline + timeout) is None:
             silent = {"errors": [f"process 0 did not conclude within {timeout:g} s of process {self.index}"]}
             self._conclude(key, silent)
         conclusion = self._read(f"{key}/concluded", time.monotonic() + timeout)
