@@ -145,14 +145,13 @@ def check(heard: list[Said | None], prompts: int, new_tokens: int, vocabulary: i
     Every prompt must be there once, by its own process, with `new_tokens` tokens of the vocabulary.
     """
     errors = agreement.silent(heard)
-    seen: dict[int, int] = {}
     for process, said in enumerate(heard):
         if said is None:
             continue
         if said["error"]:
             errors.append(f"process {process}: {said['error']}")
             continue
-        wrong = []
+        wrong, seen = [], set()
         for row in said["rows"]:
             prompt, tokens = row["prompt"], row["tokens"]
             if prompt not in range(prompts):
@@ -165,7 +164,7 @@ def check(heard: list[Said | None], prompts: int, new_tokens: int, vocabulary: i
                 wrong.append(f"prompt {prompt}: {len(tokens)} tokens; expected {new_tokens}")
             elif bad := [token for token in tokens if token not in range(vocabulary)]:
                 wrong.append(f"prompt {prompt}: token {bad[0]}; expected 0 to {vocabulary - 1}")
-            seen[prompt] = process
+            seen.add(prompt)
         wrong += [f"prompt {i}: it is missing" for i in range(process, prompts, len(heard)) if i not in seen]
         errors += [f"process {process}: {text}" for text in wrong[:SHOWN]]
         if len(wrong) > SHOWN:

@@ -18,7 +18,7 @@ from typing import NoReturn
 GRACE = 10.0
 """Seconds that the others have once a process has failed."""
 
-LEAVE = 5.0
+LEAVE = 10.0
 """Seconds that a process which leaves for an error waits for the others."""
 
 
@@ -90,7 +90,8 @@ def main() -> int:
     for index, code in enumerate(codes):
         if code != 0:
             print(f"process {index}: {'killed, time was up' if code is None else f'exit code {code}'}", file=sys.stderr)
-    return 0 if not any(code != 0 for code in codes) else 1
+    # What they all end with; 1 if they do not end alike.
+    return codes[0] if len(set(codes)) == 1 and codes[0] in (0, 2) else 1
 
 
 if __name__ == "__main__":

@@ -72,5 +72,5 @@ class Settings(argparse.ArgumentParser):
         return [name, *map(str, value)] if several else [f"{name}={value}"]
 
     def _unknown(self, kind: str, name: str, known: list[str]) -> NoReturn:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         self.error(f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"))
