@@ -4,7 +4,7 @@
 
 Each process is given XLA_FLAGS, JAX_PLATFORMS and, if there are several, LAUNCH_COORDINATOR, LAUNCH_PROCESSES and
 LAUNCH_PROCESS; `join()` makes them a JAX cluster, `leave()` ends them together. When one fails, the others have
-ten seconds to come to the same end.
+ten seconds to come to the same end, or `--grace`.
 """
 
 import argparse
@@ -55,8 +55,16 @@ def leave(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def launch(program: list[str], processes: int, devices: int, timeout: float, out=None) -> list[int | None]:
-    """The exit codes; `None` for a process that was killed because time was up."""
+def launch(program: list[str], processes: int, devices: int, timeout: float, out=None, grace: float = GRACE) -> list[int | None]:
+    """The exit codes; `None` for a process that was killed because time was up.
+
+    Args:
+        program: a Python program and its arguments.
+        processes, devices: how many processes, and CPU devices of each.
+        timeout: seconds that all of it may take.
+        out: where output and errors of all of them go.
+        grace: seconds that the others still have once a process has failed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -70,7 +78,7 @@ def launch(program: list[str], processes: int, devices: int, timeout: float, out
     try:
         while any(p.poll() is None for p in running) and time.monotonic() < deadline:
             if any(p.poll() for p in running):
-                deadline = min(deadline, time.monotonic() + GRACE)
+                deadline = min(deadline, time.monotonic() + grace)
             time.sleep(0.05)
         return [p.poll() for p in running]
     finally:
@@ -84,9 +92,10 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices", type=int, default=4, help="CPU devices of each process")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
+    parser.add_argument("--grace", type=float, default=GRACE, help="seconds that the others have once a process has failed")
     parser.add_argument("program", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    codes = launch(options.program, options.processes, options.devices, options.timeout)
+    codes = launch(options.program, options.processes, options.devices, options.timeout, grace=options.grace)
     for index, code in enumerate(codes):
         if code != 0:
             print(f"process {index}: {'killed, time was up' if code is None else f'exit code {code}'}", file=sys.stderr)

@@ -20,7 +20,7 @@ def run(scenario, folder, processes, devices, timeout=120):
     """Exit codes, and what each process said, `None` for one that said nothing; none may hang."""
     log = folder / "log.txt"
     with log.open("w") as out:
-        codes = launch([str(PAUSES), scenario, str(folder)], processes, devices, timeout, out=out)
+        codes = launch([str(PAUSES), scenario, str(folder)], processes, devices, timeout, out=out, grace=60)
     assert None not in codes, f"exit codes {codes}\n{log.read_text()[-4000:]}"
     files = [folder / f"said-{i}.json" for i in range(processes)]
     return codes, [json.loads(file.read_text()) if file.exists() else None for file in files], log.read_text()
