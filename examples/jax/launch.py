@@ -35,9 +35,9 @@ def join() -> None:
 def leave(error: Exception) -> NoReturn:
     """Ends this process with exit code 1 for an error that every process has come to, in step with the others.
 
-    Process 0 keeps what the processes meet through, and JAX aborts (SIGABRT) whoever still listens when it is gone. So they meet once
-    more, and then leave by `jax.distributed.shutdown`, which has them meet too, but for minutes: where a process does not come
-    within `LEAVE` seconds the others go without it, process 0 last.
+    Process 0 keeps what the processes meet through, and JAX aborts (SIGABRT) whoever still listens when it is gone. So they meet
+    once more, and then leave by `jax.distributed.shutdown`, which has them meet too, but for minutes: where a process does not
+    come within `LEAVE` seconds the others go without it, process 0 last.
     """
     import jax
     from fused_xent.agreement import processes, silent

@@ -1,4 +1,4 @@
-"""Options from the command line and from a file, of which none is passed over: a misspelt one is an error that names the nearest."""
+"""Options from the command line and from a file; none is passed over, a misspelt one is an error that names the nearest."""
 
 import argparse
 import difflib

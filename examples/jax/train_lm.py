@@ -3,8 +3,8 @@
     python launch.py --processes 4 --devices 1 train_lm.py --steps 61 --capture-at 60 --dumps /tmp/lm
     xent-diff /tmp/lm
 
-With `--generate-at-steps 2 --generate-dir /tmp/lm-text` it pauses after exactly two steps to generate, and goes on as if it had not.
-Every option can stand in a file too (`--config run.toml`).
+With `--generate-at-steps 2 --generate-dir /tmp/lm-text` it pauses after exactly two steps to generate, and goes on as if it had
+not. Every option can stand in a file too (`--config run.toml`).
 
 The loss is the example's own, which can be given a fault, or with --fused the kernel of `fused_xent.jax`. Weights and batch are
 sharded over all devices of all processes (FSDP); a step scans over its microbatches.
@@ -33,7 +33,7 @@ V, D, HEADS, LAYERS, S, B = 512, 64, 4, 2, 32, 8
 
 
 def read_text() -> tuple[np.ndarray, list[str]]:
-    """Word ids of Python's own documentation; every word that is not among the most frequent is -100, which masks it. And those words."""
+    """Word ids of Python's own documentation, and the words, the most frequent ones; any other is -100, which masks it."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     words = re.findall(r"\w+|[^\w\s]", text)
     vocabulary = [word for word, _ in collections.Counter(words).most_common(V)]
@@ -169,11 +169,11 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a capture may take to be concluded")
     generate = parser.add_argument_group("pauses to generate")
     generate.add_argument("--generate-dir", default=None, help="where what is generated goes")
-    generate.add_argument("--generate-at-steps", type=int, nargs="*", default=[], help="pause when exactly so many steps are done; or")
+    generate.add_argument("--generate-at-steps", type=int, nargs="*", default=[], help="pause when so many steps are done; or")
     generate.add_argument("--generate-every", type=int, default=None, help="pause after every so many steps")
     generate.add_argument("--prompts", type=int, default=128)
     generate.add_argument("--new-tokens", type=int, default=S // 4, help=f"for each prompt of {S // 2}")
-    generate.add_argument("--generate-timeout", type=float, default=60.0, help="seconds that a process waits for the others in a pause")
+    generate.add_argument("--generate-timeout", type=float, default=60.0, help="seconds that processes wait for each other")
     options = parser.parse_args(argv)
     if wrong := senseless(options):
         parser.error(wrong)
@@ -260,7 +260,7 @@ class Trainer:
         return loss, self.capture.finish_step(k, d_unembedding=d_unembedding)
 
     def gather(self):
-        """The weights, whole, on the first device of this process. Every process must call it: the shards of all of them are sent."""
+        """The weights, whole, on the first device of this process. Every process must call it, for all send their shards."""
         whole = jax.block_until_ready(self.whole(self.state["w"]))
         return jax.tree.map(lambda x: x.addressable_data(0), whole)
 

@@ -39,7 +39,7 @@ class JaxProcesses:
         """What process 0 makes of what every process said; the same on every process.
 
         `conclude` gets what the processes said, in order, and `None` for one that said nothing within `timeout` seconds.
-        Process 0 may be the last to come, and then waits for as long: the others give it that time, so that it names who is missing.
+        Process 0 may be the last to come, and then waits for as long. The others give it that time: it names who is missing.
         """
         deadline = time.monotonic() + timeout
         if self.index == 0:

@@ -82,7 +82,7 @@ def failing(folder):
     ends(folder, spoil)
 
 
-def late(folder):
+def late(folder, culprit=None):
     """The last process comes with its share when the first has given up on it."""
     complete = train_lm.Trainer.complete
 
@@ -94,7 +94,12 @@ def late(folder):
         train_lm.Trainer.complete = complete_late
 
     # The late one sleeps once.
-    ends(folder, spoil, "--prompts", os.environ["LAUNCH_PROCESSES"], "--generate-timeout", "2")
+    ends(folder, spoil, "--prompts", os.environ["LAUNCH_PROCESSES"], "--generate-timeout", "2", culprit=culprit)
+
+
+def first_late(folder):
+    """The first process comes when the others have given up on it, and finds all shares there."""
+    late(folder, culprit=0)
 
 
 def die(*_):

@@ -94,6 +94,7 @@ def test_only_the_gather_is_a_collective(runs):
     [
         ("failing", 2, 2, [1, 1], "process 1: FloatingPointError: no text for prompt 3"),
         ("late", 2, 1, [1, 1], "process 1 did not answer in time"),
+        ("first_late", 2, 1, [1, 1], "process 0 did not conclude within 2 s of process 1"),
         ("killed", 4, 1, [1, 1, 1, -signal.SIGKILL], "process 3 did not answer in time"),
         ("killed_before", 2, 1, [1, -signal.SIGKILL], "process 1 did not answer in time"),
     ],
@@ -119,9 +120,7 @@ def test_an_error_of_capture_ends_all_processes_alike_too(tmp_path):
     assert said[0] == said[1] and said[0][0] == "CaptureError" and "process 1: " in said[0][1]
 
 
-WHOLE = [
-    {"rows": [{"prompt": i, "tokens": [i, 0, V - 1]} for i in range(p, 10, 3)], "error": None} for p in range(3)
-]
+WHOLE = [{"rows": [{"prompt": i, "tokens": [i, 0, V - 1]} for i in range(p, 10, 3)], "error": None} for p in range(3)]
 
 
 def test_shares_are_checked():
@@ -138,12 +137,12 @@ def test_shares_are_checked():
     assert wrong(lambda h: rows(h, 1).pop(1)) == ["process 1: prompt 4: it is missing"]
     assert wrong(lambda h: rows(h, 1).append(rows(h, 1)[0])) == ["process 1: prompt 1: it is there twice"]
     assert wrong(lambda h: rows(h, 1).append(rows(h, 2)[0])) == ["process 1: prompt 2: it is of process 2's share"]
-    assert wrong(lambda h: rows(h, 0).append({"prompt": 10, "tokens": [0] * 3})) == ["process 0: prompt 10: there are prompts 0 to 9"]
+    beyond = {"prompt": 10, "tokens": [0] * TOKENS}
+    assert wrong(lambda h: rows(h, 0).append(beyond)) == ["process 0: prompt 10: there are prompts 0 to 9"]
     assert wrong(lambda h: rows(h, 2)[0]["tokens"].pop()) == ["process 2: prompt 2: 2 tokens; expected 3"]
     for token in (V, -1):
-        assert wrong(lambda h: rows(h, 0)[1]["tokens"].append(rows(h, 0)[1]["tokens"].pop() * 0 + token)) == [
-            f"process 0: prompt 3: token {token}; expected 0 to {V - 1}"
-        ]
+        told = wrong(lambda h: rows(h, 0)[1].update(tokens=[0, token, 0]))
+        assert told == [f"process 0: prompt 3: token {token}; expected 0 to {V - 1}"]
     assert wrong(lambda h: h.__setitem__(2, None)) == ["process 2 did not answer in time"]
     assert wrong(lambda h: h[0].update(rows=[], error="OSError: full")) == ["process 0: OSError: full"]
     none = [{"rows": [], "error": None}]
