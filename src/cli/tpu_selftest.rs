@@ -48,6 +48,8 @@ mod shown {
     use crate::report::text::{Paint, Table, bytes, clean, percent, scientific, times, wrap};
     use crate::selftest::report::{CaseReport, Outcome, Report, Times, Timing, Units, Verdict};
 
+    const STAGES: [&str; 5] = ["loss", "lse", "label_logits", "d_hidden", "d_unembedding"];
+
     pub fn exit(verdict: Verdict) -> Exit {
         match verdict {
             Verdict::Pass | Verdict::NotRunOnATpu => Exit::Agree,
@@ -95,7 +97,11 @@ mod shown {
         }
         for units in report.cases.iter().filter_map(|case| case.isolates) {
             let Units { what, largest, at, .. } = units;
-            style.entry(&mut out, what, &format!("off by at most {largest:.2} units in the last place, at {}", scientific(at)));
+            let off = match largest {
+                0.0 => "exact".to_owned(),
+                _ => format!("off by at most {largest:.2} units in the last place, at {}", scientific(at)),
+            };
+            style.entry(&mut out, what, &off);
         }
         out + &sentence
     }
@@ -124,7 +130,10 @@ mod shown {
         let mut table = Table::new(&heading);
         for case in &report.cases {
             let mut row = vec![clean(&case.name).into_owned()];
-            row.extend((0..5).map(|i| case.tensors.get(i).map_or("–".to_owned(), |tensor| times(tensor.ratio))));
+            row.extend(STAGES.map(|stage| {
+                let tensor = case.tensors.iter().find(|tensor| tensor.name == stage);
+                tensor.map_or("–".to_owned(), |tensor| times(tensor.ratio))
+            }));
             let of_limit = case.worst().map(|tensor| percent(tensor.ratio / tensor.ratio_limit));
             row.push(of_limit.unwrap_or_else(|| "–".to_owned()));
             row.push(case.same_twice.map_or("–", |same| if same { "same" } else { "differs" }).to_owned());

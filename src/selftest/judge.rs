@@ -14,7 +14,9 @@ use fused_xent_kernels::problem::{Label, Layout, Problem};
 use fused_xent_kernels::reference::{self, Cotangents};
 use ndarray::{Array2, ArrayView2};
 
-/// Every tensor of `results` judged as `xent-diff` judges a stage; and where the case isolates a function, its largest deviation.
+/// Every tensor of `results` judged as `xent-diff` judges a stage; where the case isolates a function, the tensor that shows it
+/// alone, and its largest deviation. (Of such inputs the other tensors are made of equal values, whose roundings are equal too: the
+/// floor takes roundings for independent.)
 ///
 /// # Errors
 /// If the problem is none that the oracle computes.
@@ -57,8 +59,12 @@ pub fn judge(
         (Stage::DHidden, gradients.hidden.sum(), &floor.hidden.sum, contract.d_hidden, tokens),
         (Stage::DUnembedding, gradients.unembedding.sum(), &floor.unembedding.sum, contract.d_unembedding, ids),
     ];
+    let measured = case.values.measured();
     let (mut reports, mut units) = (vec![], None);
     for (stage, truth, error, precision, rows) in judged {
+        if measured.is_some_and(|measured| measured.stage != stage.name()) {
+            continue;
+        }
         let found = find(results, stage.name());
         let of_ids = stage == Stage::DUnembedding;
         let of = if of_ids { shape.vocab } else { shape.tokens };
@@ -67,8 +73,8 @@ pub fn judge(
         let tolerance = error.tolerance(truth.view(), precision);
         let context = Context { stage, precision, tolerance: &tolerance, labels: &labels, rows, of, owners: &[] };
         reports.push(TensorReport { plots: None, ..compare(&context, candidate.view(), truth.view()) });
-        if let Some(measured) = case.values.measured().filter(|measured| measured.stage == stage.name()) {
-            units = Some(largest(&measured, candidate.view(), truth.view()));
+        if let Some(measured) = &measured {
+            units = Some(largest(measured, candidate.view(), truth.view()));
         }
     }
     Ok((reports, units))
