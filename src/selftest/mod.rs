@@ -102,7 +102,7 @@ pub fn selftest(settings: &Settings, watch: &dyn Watch) -> Result<Report, Selfte
     let began = Instant::now();
     let on = On::new(settings)?;
     let machine = OnDevice::new(on.device.clone(), on.generation);
-    let cases = cases::all(settings.quick, on.generation.is_none());
+    let cases = cases::all(settings.quick);
     let shapes = speed::shapes(settings.quick, on.generation.is_none());
     let pieces = cases.len() + shapes.len();
     let mut reports = vec![];
@@ -195,9 +195,10 @@ impl On {
         let mut report = match (self.generation, &mosaic) {
             (Some(_), Some(Ok(programs))) => run(case, programs, machine),
             (Some(_), Some(Err(e))) => failed(case, e.to_string()),
+            _ if case.large => not_run(case, "a TPU's work"),
             _ => match Programs::stablehlo(case) {
                 Ok(programs) => run(case, &programs, machine),
-                Err(reason) => CaseReport { outcome: Outcome::NotRun, ..failed(case, reason.into()) },
+                Err(reason) => not_run(case, reason),
             },
         };
         if let (Some((topology, _)), Some(programs)) = (&self.ahead, mosaic) {
@@ -286,6 +287,10 @@ fn judged(case: &Case, programs: &Programs, machine: &dyn Machine) -> Result<Cas
     Ok(CaseReport { outcome, reason, same_twice: Some(same), isolates, tensors, ..failed(case, String::new()) })
 }
 
+fn not_run(case: &Case, reason: &str) -> CaseReport {
+    CaseReport { outcome: Outcome::NotRun, ..failed(case, reason.into()) }
+}
+
 /// A case of which there is nothing but a reason.
 fn failed(case: &Case, reason: String) -> CaseReport {
     let Shape { tokens, hidden, vocab } = case.shape;
@@ -342,7 +347,7 @@ fn conclusion(environment: &Environment, cases: &[CaseReport], timings: &[Timing
     };
     let more = match count(Outcome::NotRun) {
         0 => String::new(),
-        left_out => format!("; {left_out} are beyond them"),
+        left_out => format!("; {left_out} are beyond that"),
     };
     let instead = format!("the StableHLO programs ran in their place on {kind}, {passed} of {total} cases, all right{more}");
     (Verdict::NotRunOnATpu, format!("not run on a TPU: {ahead}; {instead}"))

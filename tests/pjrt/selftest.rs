@@ -71,14 +71,14 @@ fn mosaic(case: &Case, machine: &dyn Machine) -> CaseReport {
 }
 
 fn case(name: &str) -> Case {
-    cases::all(false, true).into_iter().find(|case| case.name == name).unwrap_or_else(|| panic!("no case {name}"))
+    cases::all(false).into_iter().find(|case| case.name == name).unwrap_or_else(|| panic!("no case {name}"))
 }
 
 /// As on a TPU, for all that is small: every form, option, type, set of cotangents, and what is isolated.
 #[test]
 fn the_kernels_are_right_in_the_interpreter() {
     let small = |case: &Case| case.sample.is_none() && case.shape.hidden < 1000;
-    let small: Vec<Case> = cases::all(false, true).into_iter().filter(small).collect();
+    let small: Vec<Case> = cases::all(false).into_iter().filter(small).collect();
     assert!(small.len() > 30);
     let wrong: Vec<String> = small
         .par_iter()
@@ -173,9 +173,9 @@ fn a_program_that_is_refused_is_wrong() {
     fails(&mosaic(&case("chunks"), &Refuses), &["out of VMEM"]);
 }
 
+/// No libtpu is found, wherever there may be one.
 fn selftest(arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xent-diff"));
-    // No libtpu is found, wherever there may be one.
     command.args(["tpu-selftest"]).args(arguments).env("FUSED_XENT_PJRT_PLUGINS", "tpu:/no/such/libtpu.so");
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -211,6 +211,38 @@ fn without_a_tpu_other_programs_run_and_it_says_so() {
     assert!(timings.len() == 1 && timings[0]["median_ms"].as_f64().unwrap() > 0.0);
     // Texts are those of TPU kernels, of which there are none here.
     assert!(!texts.exists());
+}
+
+/// libtpu and XLA for the CPU in one process.
+#[test]
+#[ignore = "needs a PJRT plugin and libtpu: `make test` runs it with FUSED_XENT_TEST_PLUGIN and FUSED_XENT_TEST_LIBTPU"]
+fn libtpu_compiles_the_kernels_ahead() {
+    let libtpu = std::env::var("FUSED_XENT_TEST_LIBTPU").expect("FUSED_XENT_TEST_LIBTPU is libtpu's path");
+    let texts = tempfile::tempdir().unwrap();
+    let (plugin, dump) = (plugin_name(), texts.path().to_str().unwrap());
+    let options = ["--quick", "--generation", "v6e", "--json", "-"];
+    let arguments = [&["--plugin", &plugin, "--libtpu", &libtpu, "--dump", dump], &options[..]].concat();
+    let (code, out, err) = selftest(&arguments);
+    assert_eq!(code, Some(0), "{err}");
+    let report: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(report["verdict"], "not_run_on_a_tpu");
+    assert_eq!(
+        (&report["environment"]["generation"], &report["environment"]["compiler"]["kind"]),
+        (&"v6e".into(), &"TPU v6 lite".into())
+    );
+    for case in report["cases"].as_array().unwrap() {
+        let compiled = case["compiled_ahead"].as_array().unwrap();
+        let passes: Vec<&str> = compiled.iter().map(|pass| pass["pass"].as_str().unwrap()).collect();
+        assert_eq!(passes, ["forward", "backward"], "{}", case["name"]);
+        assert!(compiled.iter().all(|pass| pass["code_bytes"].as_u64().unwrap() > 0));
+    }
+    let chunks = texts.path().join("chunks.backward.2.fused_xent_backward.mosaic");
+    assert!(fs::read_to_string(chunks).unwrap().contains("stable_mosaic.tpu.matmul"));
+    assert!(fs::read_to_string(texts.path().join("exp.forward.mlir")).unwrap().contains("@tpu_custom_call"));
+    // A folder that is a file.
+    let file = texts.path().join("exp.forward.mlir");
+    let arguments = [&["--plugin", &plugin, "--libtpu", &libtpu, "--dump", file.to_str().unwrap()], &options[..]].concat();
+    refused(&arguments, &["exp.forward.mlir: cannot be written"]);
 }
 
 #[test]
