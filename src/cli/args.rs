@@ -192,7 +192,6 @@ error. Ctrl-C ends it with everything it started; the same call goes on from the
 /// that is no TPU, StableHLO programs compute the cases, and the kernels are compiled ahead if libtpu is found. It takes minutes.
 #[derive(Debug, Args)]
 #[command(after_help = SELFTEST)]
-#[cfg_attr(not(feature = "pjrt"), allow(dead_code, reason = "built without what would read it"))]
 pub struct TpuSelftest {
     /// The PJRT plugin, by name or path: its first device is tested [default: libtpu, at TPU_LIBRARY_PATH or in its wheel]
     #[arg(long, value_name = "PLUGIN", default_value = "tpu", hide_default_value = true)]

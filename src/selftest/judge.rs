@@ -95,7 +95,7 @@ fn largest(measured: &Measured, candidate: ArrayView2<f64>, truth: ArrayView2<f6
         let found = candidate[[row, column]];
         let last_place = (exact.abs().log2().floor() - 23.0).exp2();
         let off = (found - exact).abs() / last_place;
-        if !(off <= units.largest) {
+        if off > units.largest || off.is_nan() {
             units = Units { largest: off, at: exact, found, ..units };
         }
     }

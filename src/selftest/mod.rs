@@ -140,8 +140,15 @@ struct On {
     /// If it is a TPU.
     generation: Option<Generation>,
     /// If it is none, what compiles for one.
-    ahead: Option<(Topology, Generation)>,
+    ahead: Option<Ahead>,
     environment: Environment,
+}
+
+/// A chip that is not there, and libtpu, which compiles for it.
+struct Ahead {
+    library: PathBuf,
+    topology: Topology,
+    generation: Generation,
 }
 
 impl On {
@@ -162,7 +169,7 @@ impl On {
             None => ahead(settings)?,
         };
         let devices = client.devices()?.iter().map(Device::kind).collect::<Result<_, _>>()?;
-        let compiler = ahead.as_ref().map(|(library, topology, _)| -> Result<_, PjrtError> {
+        let compiler = ahead.as_ref().map(|Ahead { library, topology, .. }| -> Result<_, PjrtError> {
             Ok(Compiler {
                 library: library.display().to_string(),
                 version: first_line(&topology.platform_version()?),
@@ -177,18 +184,18 @@ impl On {
             platform_version: first_line(&client.platform_version()?),
             devices,
             executed: if generation.is_some() { "mosaic" } else { "stablehlo" },
-            generation: generation.or(ahead.as_ref().map(|(.., generation)| *generation)).map(Generation::name),
+            generation: generation.or(ahead.as_ref().map(|ahead| ahead.generation)).map(Generation::name),
             compiler: compiler.transpose()?,
             no_compiler,
             host: [std::env::consts::OS, std::env::consts::ARCH],
             threads: rayon::current_num_threads(),
         };
-        Ok(Self { device, generation, ahead: ahead.map(|(_, topology, generation)| (topology, generation)), environment })
+        Ok(Self { device, generation, ahead, environment })
     }
 
     fn case(&self, case: &Case, machine: &dyn Machine, dump: Option<&Path>) -> Result<CaseReport, SelftestError> {
         let began = Instant::now();
-        let mosaic = self.generation.or(self.ahead.as_ref().map(|(_, generation)| *generation));
+        let mosaic = self.generation.or(self.ahead.as_ref().map(|ahead| ahead.generation));
         let mosaic = mosaic.map(|generation| Programs::mosaic(case, generation));
         let written = dump.zip(mosaic.as_ref().and_then(|programs| programs.as_ref().ok()));
         written.map_or(Ok(()), |(folder, programs)| write(folder, case, programs))?;
@@ -201,8 +208,8 @@ impl On {
                 Err(reason) => not_run(case, reason),
             },
         };
-        if let (Some((topology, _)), Some(programs)) = (&self.ahead, mosaic) {
-            let compiled = programs.map_err(Failure::from).and_then(|programs| compile_ahead(topology, &programs));
+        if let (Some(ahead), Some(programs)) = (&self.ahead, mosaic) {
+            let compiled = programs.map_err(Failure::from).and_then(|programs| compile_ahead(&ahead.topology, &programs));
             match compiled {
                 Ok(compiled) => report.compiled_ahead = compiled,
                 Err(e) => {
@@ -228,13 +235,13 @@ fn of_kind(kind: &str, given: Option<Generation>) -> Result<Generation, Selftest
 }
 
 /// libtpu with a chip that is not there, or why there is none. One that was asked for must be there.
-#[expect(clippy::type_complexity, reason = "one of both")]
-fn ahead(settings: &Settings) -> Result<(Option<(PathBuf, Topology, Generation)>, Option<String>), SelftestError> {
+fn ahead(settings: &Settings) -> Result<(Option<Ahead>, Option<String>), SelftestError> {
     let generation = settings.generation.unwrap_or(DEFAULT_GENERATION);
     let loaded = Plugin::load(settings.libtpu.as_deref().unwrap_or("tpu"));
-    let made = loaded.and_then(|plugin| Ok((plugin.path().to_owned(), topology(&plugin, generation)?)));
+    let made = loaded
+        .and_then(|libtpu| Ok(Ahead { library: libtpu.path().to_owned(), topology: topology(&libtpu, generation)?, generation }));
     match made {
-        Ok((path, topology)) => Ok((Some((path, topology, generation)), None)),
+        Ok(ahead) => Ok((Some(ahead), None)),
         Err(e) if settings.libtpu.is_none() => Ok((None, Some(e.to_string()))),
         Err(e) => Err(e.into()),
     }
