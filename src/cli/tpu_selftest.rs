@@ -95,6 +95,9 @@ mod shown {
                 style.entry(&mut out, "", &format!("worst at {}: {values}", worst.place));
             }
         }
+        for case in report.cases.iter().filter(|case| case.outcome == Outcome::NotRun) {
+            style.entry(&mut out, "not run", &format!("{}: {}", case.name, case.reason.as_deref().unwrap_or_default()));
+        }
         for units in report.cases.iter().filter_map(|case| case.isolates) {
             let Units { what, largest, at, .. } = units;
             let off = match largest {
@@ -184,11 +187,65 @@ mod shown {
     #[cfg(test)]
     mod tests {
         use super::*;
+        use crate::selftest::report::{Environment, SCHEMA};
 
         #[test]
         fn a_wrong_case_is_an_exit_code_of_1() {
             let codes = [Verdict::Pass, Verdict::NotRunOnATpu, Verdict::Fail].map(exit);
             assert_eq!(codes, [Exit::Agree, Exit::Agree, Exit::Diverge]);
+        }
+
+        #[test]
+        fn what_is_wrong_is_said_below_the_table() {
+            let environment = Environment {
+                plugin: "libtpu.so".into(),
+                api_version: [0, 116],
+                platform: "tpu".into(),
+                platform_version: "1".into(),
+                devices: vec!["TPU v5 lite".into()],
+                executed: "mosaic",
+                generation: Some("v5e"),
+                compiler: None,
+                no_compiler: None,
+                host: ["linux", "x86_64"],
+                threads: 1,
+            };
+            let case = CaseReport {
+                name: "chunks".into(),
+                about: "tails",
+                shape: [1, 1, 1],
+                outcome: Outcome::Fail,
+                reason: Some("out of VMEM".into()),
+                same_twice: None,
+                isolates: Some(Units { what: "exp", largest: 7.25, at: 0.5, found: 0.5 }),
+                tensors: vec![],
+                compiled_ahead: vec![],
+                seconds: 1.0,
+            };
+            let times = Times::Refused { error: "no room".into() };
+            let report = Report {
+                schema: SCHEMA,
+                version: "1",
+                verdict: Verdict::Fail,
+                sentence: "the TPU kernels fail".into(),
+                environment,
+                cases: vec![case],
+                timings: vec![Timing { shape: [1, 2, 3], program: "mosaic forward".into(), times }],
+                seconds: 1.0,
+            };
+            let style = Style { colour: false, width: 100 };
+            let text = text(&report, false, style);
+            for line in [
+                "generation    v5e\n",
+                "executed      the TPU kernels\n",
+                "wrong         chunks (tails): out of VMEM\n",
+                "exp           off by at most 7.25 units in the last place, at 0.500\n",
+                "not timed     mosaic forward at 1, 2, 3: no room\n",
+                "✗ the TPU kernels fail\n",
+            ] {
+                assert!(text.contains(line), "no {line:?} in\n{text}");
+            }
+            assert_eq!(super::text(&report, true, style), "✗ the TPU kernels fail\n");
         }
     }
 }

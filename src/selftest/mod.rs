@@ -202,7 +202,7 @@ impl On {
         let mut report = match (self.generation, &mosaic) {
             (Some(_), Some(Ok(programs))) => run(case, programs, machine),
             (Some(_), Some(Err(e))) => failed(case, e.to_string()),
-            _ if case.large => not_run(case, "a TPU's work"),
+            _ if case.large => not_run(case, "it is too large for any device but a TPU"),
             _ => match Programs::stablehlo(case) {
                 Ok(programs) => run(case, &programs, machine),
                 Err(reason) => not_run(case, reason),
