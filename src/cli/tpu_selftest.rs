@@ -46,7 +46,7 @@ mod shown {
     use crate::report::model;
     use crate::report::terminal::Style;
     use crate::report::text::{Paint, Table, bytes, clean, percent, scientific, times, wrap};
-    use crate::selftest::report::{CaseReport, Outcome, Report, Times, Timing, Units, Verdict};
+    use crate::selftest::report::{CaseReport, Compiled, Outcome, Report, Times, Timing, Units, Verdict};
 
     const STAGES: [&str; 5] = ["loss", "lse", "label_logits", "d_hidden", "d_unembedding"];
 
@@ -162,7 +162,7 @@ mod shown {
     fn timings(timings: &[Timing], style: Style) -> String {
         let mut table =
             Table::new(&["N, D, V", "program", ">median ms", ">least", ">most", ">TFLOP/s", ">of MXU limit", ">compiled in"]);
-        let mut refused = String::new();
+        let mut others = String::new();
         for Timing { shape: [tokens, hidden, vocab], program, times } in timings {
             let shape = format!("{tokens}, {hidden}, {vocab}");
             match times {
@@ -178,10 +178,14 @@ mod shown {
                         format!("{compile_seconds:.1} s"),
                     ])
                 }
-                Times::Refused { error } => style.entry(&mut refused, "not timed", &format!("{program} at {shape}: {error}")),
+                Times::CompiledAhead { compiled_ahead: Compiled { workspace_bytes, code_bytes, seconds, .. } } => {
+                    let needs = format!("{} of workspace, {} of code", bytes(*workspace_bytes), bytes(*code_bytes));
+                    style.entry(&mut others, "compiled", &format!("{program} at {shape} in {seconds:.1} s: {needs}"));
+                }
+                Times::Refused { error } => style.entry(&mut others, "not timed", &format!("{program} at {shape}: {error}")),
             }
         }
-        table.render(2, style.colour) + &refused
+        table.render(2, style.colour) + &others
     }
 
     #[cfg(test)]

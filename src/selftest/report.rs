@@ -198,6 +198,11 @@ pub enum Times {
         /// Compiling it.
         compile_seconds: f64,
     },
+    /// There is no TPU: its kernels were compiled ahead for one.
+    CompiledAhead {
+        /// What they need there.
+        compiled_ahead: Compiled,
+    },
     /// It could not be.
     Refused {
         /// Why.
