@@ -140,7 +140,12 @@ finds!(
     a_tail_of_k_that_is_not_zeroed,
     a_missing_reset,
     a_wrong_transform,
+    a_transposed_product,
     a_bfloat16_accumulator,
-    products_of_float32_in_bfloat16,
-    what_lies_outside
+    products_of_float32_in_bfloat16
 );
+
+#[test]
+fn what_lies_outside() {
+    planted::what_lies_outside("lies outside of", "[8, 128] from [124, 0] on of [128, 128]");
+}

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 /// Tensors to loops, loops to LLVM. bfloat16 is widened and rounded in integer arithmetic; exp, log and tanh are the system's.
 /// Nothing is fused, contracted or reassociated.
 const PASSES: &str = "builtin.module(\
-    func.func(convert-elementwise-to-linalg),one-shot-bufferize,func.func(convert-linalg-to-loops),convert-scf-to-cf,\
+    func.func(convert-elementwise-to-linalg),one-shot-bufferize,buffer-deallocation-pipeline,func.func(convert-linalg-to-loops),convert-scf-to-cf,\
     arith-expand{include-bf16=true},expand-strided-metadata,lower-affine,convert-math-to-libm,finalize-memref-to-llvm,\
     convert-arith-to-llvm,convert-func-to-llvm{use-bare-ptr-memref-call-conv=true},convert-cf-to-llvm,reconcile-unrealized-casts)";
 
@@ -70,6 +70,7 @@ fn run(program: &Path, arguments: &[&str], input: &[u8]) -> Vec<u8> {
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{}: {error}", program.display()));
     let mut stdin = child.stdin.take().unwrap();
@@ -77,7 +78,7 @@ fn run(program: &Path, arguments: &[&str], input: &[u8]) -> Vec<u8> {
         // A program that fails says why; that it did not read all of its input says nothing.
         scope.spawn(move || stdin.write_all(input).ok());
         let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{} failed", program.display());
+        assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
         output.stdout
     })
 }

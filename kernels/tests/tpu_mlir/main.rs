@@ -28,6 +28,7 @@ mod translate;
 use fused_xent_kernels::Dlogits;
 use fused_xent_kernels::problem::{DType, Label, Layout, LossOptions, Shape};
 use fused_xent_kernels::tpu::{Backward, BackwardPlan, Form, Tile};
+use proptest::prelude::*;
 use run::Run;
 use suite::*;
 
@@ -65,6 +66,24 @@ const ALL_OPTIONS: LossOptions = LossOptions {
     z_loss: 1e-4,
     label_smoothing: 0.05,
 };
+
+fn forms() -> impl Strategy<Value = Form> {
+    let one_pass = |at_once, cores| Form::OnePass { at_once, cores };
+    let two_kernels = |cores| Form::TwoKernels { cores };
+    prop::sample::select(vec![one_pass(128, 2), one_pass(256, 1), one_pass(512, 2), two_kernels(1), two_kernels(2)])
+}
+
+proptest! {
+    #![proptest_config(config(10))]
+
+    #[test]
+    #[ignore = "needs mlir-opt 19: `make test` runs it with FUSED_XENT_MLIR"]
+    fn any_problem(recipe in recipes(300, 16, 300), narrow in any::<bool>(), dlogits in prop::sample::select(Dlogits::ALL.to_vec()), form in forms()) {
+        prop_assume!(recipe.shape.tokens > 0);
+        let dtypes = recipe.dtypes.map(|dtype| if dtype == DType::F16 { DType::Bf16 } else { dtype });
+        is_right(Recipe { dtypes, ..recipe }, if narrow { dtypes } else { [DType::F32; 2] }, dlogits, form);
+    }
+}
 
 tests! {
     one_pass {
@@ -163,9 +182,11 @@ tests! {
 
     a_wrong_transform { planted::a_wrong_transform(); }
 
+    a_transposed_product { planted::a_transposed_product(); }
+
     a_bfloat16_accumulator { planted::a_bfloat16_accumulator(); }
 
     products_of_float32_in_bfloat16 { planted::products_of_float32_in_bfloat16(); }
 
-    what_lies_outside { planted::what_lies_outside(); }
+    what_lies_outside { planted::what_lies_outside("a block at", "a slice beyond"); }
 }

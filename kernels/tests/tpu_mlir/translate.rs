@@ -49,7 +49,8 @@ pub fn translate(mosaic: &str) -> Translated {
     let plain = mosaic.replace("\"stable_mosaic.", "\"").replace(", #tpu.memory_space<vmem>", "").replace("vector<", "tensor<");
     let mut all = Translated { text: String::new(), attributes: String::new(), pieces: Vec::new() };
     for function in plain.split("\"func.func\"() ({\n").skip(1) {
-        let (arguments, rest) = function.trim_start().strip_prefix("^bb0(").and_then(|f| f.split_once("):\n")).expect("arguments");
+        let (arguments, rest) =
+            function.trim_start().strip_prefix("^bb0(").and_then(|f| f.split_once("):\n")).expect("arguments");
         let (body, own) = rest.split_once("\n  }) {").expect("the function's end");
         let own = own.lines().next().unwrap_or_default();
         let name = own.split_once("sym_name = \"").and_then(|(_, name)| name.split('"').next()).expect("a name");
@@ -166,14 +167,7 @@ impl Function {
             "vector.broadcast" if line.types[0] == "i32" => self.splat(&line, line.operands[0]),
             "vector.broadcast" => self.broadcast(&line),
             "tpu.iota" => self.iota(&line),
-            "vector.extract_strided_slice" => {
-                let [from, size, strides] =
-                    ["offsets", "sizes", "strides"].map(|key| line.attribute(&format!("{key} = ["), &[']']).to_owned());
-                self.push(&format!(
-                    "{} = tensor.extract_slice {}[{from}] [{size}] [{strides}] : {} to {}",
-                    line.result, line.operands[0], line.types[0], line.of_result
-                ));
-            }
+            "vector.extract_strided_slice" => self.slice(&line),
             "vector.shape_cast" => {
                 let ([one, columns], _) = matrix(line.of_result);
                 assert_eq!(one, 1, "a row");
@@ -188,11 +182,11 @@ impl Function {
             "vector.load" => self.load(&line),
             "tpu.vector_store" => self.store(&line),
             "tpu.assume_multiple" => {
-                // Another number, where the assumption does not hold.
-                let of = line.attribute("multiple = ", &[' ']);
-                let of = self.named(&format!("arith.constant {of} : i32"));
-                let quotient = self.named(&format!("arith.divsi {}, {of} : i32", line.operands[0]));
-                self.push(&format!("{} = arith.muli {quotient}, {of} : i32", line.result));
+                let of = self.named(&format!("arith.constant {} : i32", line.attribute("multiple = ", &[' '])));
+                let rest = self.named(&format!("arith.remsi {}, {of} : i32", line.operands[0]));
+                let zero = self.named("arith.constant 0 : i32");
+                self.check("eq", &rest, &zero, "i32", "no multiple of what is assumed");
+                self.push(&format!("{} = arith.addi {}, {zero} : i32", line.result, line.operands[0]));
             }
             "func.return" => {
                 for (i, place) in line.operands.iter().enumerate() {
@@ -223,7 +217,8 @@ impl Function {
         let iterators: Vec<String> = loops.iterators.iter().map(|iterator| format!("{iterator:?}")).collect();
         let operands = &line.operands[..maps.len() - 1];
         let types = &line.types[..maps.len() - 1];
-        let ins = if operands.is_empty() { String::new() } else { format!("ins({} : {})", operands.join(", "), types.join(", ")) };
+        let ins =
+            if operands.is_empty() { String::new() } else { format!("ins({} : {})", operands.join(", "), types.join(", ")) };
         let arguments: String = types.iter().enumerate().map(|(i, ty)| format!("%in{i}: {}, ", element(ty))).collect();
         let (ty, of) = (line.of_result, element(line.of_result));
         let inside: String = loops.inside.iter().map(|operation| format!("    {operation}\n")).collect();
@@ -253,6 +248,18 @@ impl Function {
         self.loops(line, &Loops { maps: &[SAME], iterators: &ALL, out: &out, inside: &inside, gives: "%number" });
     }
 
+    fn slice(&mut self, line: &Line) {
+        let [from, size, strides] = ["offsets", "sizes", "strides"].map(|key| line.attribute(&format!("{key} = ["), &[']']));
+        let numbers = |list: &str| -> Vec<usize> { list.split(", ").map(|number| number.parse().expect("a number")).collect() };
+        let (dims, _) = matrix(line.types[0]);
+        let ends = numbers(from).into_iter().zip(numbers(size)).map(|(from, size)| from + size);
+        assert!(ends.zip(dims).all(|(end, dim)| end <= dim), "a slice beyond {}: [{size}] from [{from}] on", line.types[0]);
+        self.push(&format!(
+            "{} = tensor.extract_slice {}[{from}] [{size}] [{strides}] : {} to {}",
+            line.result, line.operands[0], line.types[0], line.of_result
+        ));
+    }
+
     fn transpose(&mut self, line: &Line) {
         assert_eq!(line.attribute("permutation = array<i64: ", &['>']), "1, 0");
         let out = self.empty(line.of_result);
@@ -270,10 +277,7 @@ impl Function {
         };
         let with = format!("%with = arith.{operation} %out, %in0 : {}", element(line.of_result));
         let (maps, iterators) = (["(i, j) -> (i, j)", "(i, j) -> (j)"], ["reduction", "parallel"]);
-        self.loops(
-            line,
-            &Loops { maps: &maps, iterators: &iterators, out: line.operands[1], inside: &[&with], gives: "%with" },
-        );
+        self.loops(line, &Loops { maps: &maps, iterators: &iterators, out: line.operands[1], inside: &[&with], gives: "%with" });
     }
 
     /// Exact products of the operands, summed in the type of the result. Without its precision, float32 is read as bfloat16.
@@ -309,14 +313,23 @@ impl Function {
         self.loops(line, &Loops { maps: &maps, iterators: &iterators, out: line.operands[2], inside: &inside, gives: "%sum" });
     }
 
+    /// Ends the process, saying so, where two numbers do not compare.
+    fn check(&mut self, how: &str, x: &str, y: &str, ty: &str, message: &str) {
+        let holds = self.named(&format!("arith.cmpi {how}, {x}, {y} : {ty}"));
+        self.push(&format!("cf.assert {holds}, {message:?}"));
+    }
+
     /// The part of a memory of the type of a tensor that starts at two indices; and that part's type.
     fn part(&mut self, memory: &str, ty: &str, start: &[&str], part: &str) -> (String, String) {
-        let (([rows, columns], element), ([_, stride], _)) = (matrix(part), matrix(ty));
+        let ((size, element), (dims, _)) = (matrix(part), matrix(ty));
+        for (i, start) in start.iter().enumerate() {
+            let last = self.index(dims[i].checked_sub(size[i]).unwrap_or_else(|| panic!("{part} is more than {ty}")));
+            self.check("ule", start, &last, "index", "a part that lies beyond its memory");
+        }
+        let ([rows, columns], [_, stride]) = (size, dims);
         let strided = format!("memref<{rows}x{columns}x{element}, strided<[{stride}, 1], offset: ?>>");
-        let view = self.named(&format!(
-            "memref.subview {memory}[{}] [{rows}, {columns}] [1, 1] : {ty} to {strided}",
-            start.join(", ")
-        ));
+        let view =
+            self.named(&format!("memref.subview {memory}[{}] [{rows}, {columns}] [1, 1] : {ty} to {strided}", start.join(", ")));
         (view, strided)
     }
 
