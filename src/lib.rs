@@ -11,6 +11,8 @@ pub mod isolate;
 #[cfg(feature = "pjrt")]
 pub mod pjrt;
 pub mod report;
+#[cfg(feature = "pjrt")]
+pub mod selftest;
 pub mod slice;
 
 /// The README's examples, compiled and run as tests.

@@ -408,3 +408,14 @@ fn a_full_disk_is_said() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("standard output cannot be written"));
 }
+
+#[cfg(not(feature = "pjrt"))]
+#[test]
+fn a_build_without_devices_says_which_has_them() {
+    refused(
+        Path::new("."),
+        &["tpu-selftest"],
+        "tpu-selftest: this xent-diff was built without PJRT; build it with `--features pjrt`",
+    );
+    refused(Path::new("."), &["tpu-selftest", "--generation", "v9"], "expected one of v4, v5e, v5p, v6e, v7x");
+}

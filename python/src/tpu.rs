@@ -22,7 +22,7 @@ fn tpu_generations() -> Vec<&'static str> {
 /// The generation of devices of that kind, if there are kernels for it.
 #[pyfunction]
 fn tpu_generation(device_kind: &str) -> Option<&'static str> {
-    Generation::by_device_kind(device_kind).map(Generation::name)
+    Generation::by_kind(device_kind).map(Generation::name)
 }
 
 /// A loss, and the chip that it is for.

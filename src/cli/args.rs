@@ -7,6 +7,7 @@ use crate::diff::synth::Regime;
 use crate::dump::{LossSettings, check_contract};
 use crate::isolate::{Setting, switch};
 use crate::kernels::contract::Precision;
+use crate::kernels::tpu::Generation;
 use clap::{Args, Parser, Subcommand};
 use regex::bytes::Regex;
 use serde_json::Value;
@@ -87,6 +88,8 @@ pub enum Command {
     Slice(Slice),
     /// Find which of several switches makes a command fail, hang or crash
     Isolate(Isolate),
+    /// Check on the TPU at hand that the TPU kernels are right and fast; without one, what can be checked
+    TpuSelftest(TpuSelftest),
     /// List the fault catalogue
     Faults,
 }
@@ -183,6 +186,41 @@ the failure pattern; or the exit code is not 0; or no line matches the success p
 Exit codes: 0 nothing fails, 1 a culprit was found, 2 the call is at fault or the command fails without any switch, 3 internal
 error. Ctrl-C ends it with everything it started; the same call goes on from there.";
 
+/// Check on the TPU at hand that the TPU kernels are right and fast; without one, what can be checked
+///
+/// Cases of every kind are computed by the kernels, twice, and held to the float64 oracle; then real shapes are timed. On a device
+/// that is no TPU, StableHLO programs compute the cases, and the kernels are compiled ahead if libtpu is found. It takes minutes.
+#[derive(Debug, Args)]
+#[command(after_help = SELFTEST)]
+pub struct TpuSelftest {
+    /// The PJRT plugin, by name or path: its first device is tested [default: libtpu, at TPU_LIBRARY_PATH or in its wheel]
+    #[arg(long, value_name = "PLUGIN", default_value = "tpu", hide_default_value = true)]
+    pub plugin: String,
+    /// The TPU's generation, v4, v5e, v5p, v6e or v7x, where the device's name does not tell; where it is no TPU, what the
+    /// kernels are compiled ahead for [default there: v5e]
+    #[arg(long, value_name = "GENERATION", value_parser = generation)]
+    pub generation: Option<Generation>,
+    /// libtpu, to compile the kernels ahead where the device is no TPU [default: as for --plugin, if it is there]
+    #[arg(long, value_name = "PATH")]
+    pub libtpu: Option<String>,
+    /// A tenth of it: one case of each kind, of small shapes, and one shape timed
+    #[arg(long)]
+    pub quick: bool,
+    /// Write the report as JSON ('-' for standard output, in place of the table)
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<Target>,
+    /// A folder for the text of every kernel and of the programs around them
+    #[arg(long, value_name = "DIR")]
+    pub dump: Option<PathBuf>,
+    /// Print the verdict alone, without table and progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+const SELFTEST: &str = "\
+Exit codes: 0 every case is right (without a TPU: every one that could be run, which is no pass of the TPU kernels), 1 a case is
+wrong, refused or not the same twice, 2 nothing can be run (no plugin, no device, …), 3 internal error.";
+
 /// Rows, as [start, end) ranges.
 pub type Ranges = Vec<Range<usize>>;
 
@@ -263,6 +301,10 @@ fn rows(text: &str) -> Result<NonZeroUsize, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).filter(|time| !time.is_zero());
     time.ok_or_else(|| "expected a number of seconds above 0, such as 90 or 0.5".to_owned())
+}
+
+fn generation(text: &str) -> Result<Generation, String> {
+    Generation::by_name(text).ok_or_else(|| format!("expected one of {}", Generation::ALL.map(Generation::name).join(", ")))
 }
 
 fn ranges(text: &str) -> Result<Ranges, String> {

@@ -8,9 +8,9 @@ use std::process::ExitCode;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Exit {
     /// 0: everything compared agrees within its tolerance; or there was nothing to judge, and no problem; or nothing fails that
-    /// was to be isolated.
+    /// was to be isolated; or every case of a self-test that was run is right.
     Agree,
-    /// 1: something diverges; or a culprit was isolated.
+    /// 1: something diverges; or a culprit was isolated; or a case of a self-test is wrong.
     Diverge,
     /// 2: the input or the call is at fault; one message on standard error says how.
     Input,

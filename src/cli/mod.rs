@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod slice;
 mod synth;
+mod tpu_selftest;
 mod verify;
 
 pub use exit::Exit;
@@ -48,6 +49,7 @@ fn run(cli: &Cli) -> Result<Exit, Box<dyn Error>> {
         (Some(Command::Synth(args)), _) => synth::run(args, &mut out),
         (Some(Command::Slice(args)), _) => slice::run(args, &mut out),
         (Some(Command::Isolate(args)), _) => isolate::run(args, &mut out),
+        (Some(Command::TpuSelftest(args)), _) => tpu_selftest::run(args, &mut out),
         (Some(Command::Faults), _) => faults::run(&mut out),
         (None, Some(args)) => judge::run(args, &mut out),
         (None, None) => unreachable!("clap asks for a path where there is no command"),

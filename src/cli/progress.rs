@@ -61,6 +61,18 @@ impl Watch for Bar {
     }
 }
 
+#[cfg(feature = "pjrt")]
+impl crate::selftest::Watch for Bar {
+    fn begins(&self, done: usize, total: usize, what: &str) {
+        self.say(what);
+        self.set(done as u64, total as u64);
+    }
+
+    fn ended(&self, case: &crate::selftest::report::CaseReport) {
+        self.0.println(clean(&format!("{}: {}, {:.1} s", case.name, case.outcome.word(), case.seconds)));
+    }
+}
+
 impl Progress for Bar {
     fn begin(&self, what: &str, steps: u64) {
         self.say(what);

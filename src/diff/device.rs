@@ -9,7 +9,6 @@ use crate::pjrt::{CompileOptions, Device, Element, HostTensor, LoadedExecutable,
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::problem::{DType, Floats, Label, Layout, Problem};
 use fused_xent_kernels::stablehlo::{Spec, chunked, naive};
-use half::{bf16, f16};
 use ndarray::Array2;
 use serde_json::Value;
 use std::borrow::Cow;
@@ -86,7 +85,7 @@ impl OnDevice {
             if let Some(dk) = dk {
                 let (total, _) = total.get_or_insert_with(|| (vec![0.0; dk.len()], dk.transposed));
                 let factor = view.step.accumulation_factor();
-                total.iter_mut().enumerate().for_each(|(i, sum)| *sum += (factor * dk.get(i)) as f32);
+                total.iter_mut().enumerate().for_each(|(i, sum)| *sum += (factor * dk.host.get(i)) as f32);
             }
             let values = |(stage, result): (Stage, Output)| (stage, result.values(stage, &microbatch.problem, view.truth(m)));
             microbatches.push(results.into_iter().map(values).collect());
@@ -312,18 +311,8 @@ impl Output {
         }
     }
 
-    fn get(&self, i: usize) -> f64 {
-        let bytes = &self.host.bytes;
-        match self.host.element {
-            Element::Bf16 => bf16::from_le_bytes(bytes.as_chunks().0[i]).to_f64(),
-            Element::F16 => f16::from_le_bytes(bytes.as_chunks().0[i]).to_f64(),
-            Element::F64 => f64::from_le_bytes(bytes.as_chunks().0[i]),
-            _ => f32::from_le_bytes(bytes.as_chunks().0[i]).into(),
-        }
-    }
-
     fn values(&self, stage: Stage, problem: &Problem, truth: &Truth) -> Values {
-        let values: Array2<f64> = stage.rows(|i| self.get(i), problem, self.transposed, truth);
+        let values: Array2<f64> = stage.rows(|i| self.host.get(i), problem, self.transposed, truth);
         Values { values, precision: self.precision() }
     }
 }

@@ -5,6 +5,7 @@ use super::executable::{Executable, LoadedExecutable, with_program};
 use super::options::{CompileOptions, Options, named_values};
 use super::plugin::Plugin;
 use super::sys::{self, Api};
+use half::{bf16, f16};
 use std::ffi::c_int;
 use std::fmt;
 use std::ptr;
@@ -69,6 +70,21 @@ pub struct HostTensor {
     pub dims: Vec<usize>,
     /// As many as the dimensions and the element make.
     pub bytes: Vec<u8>,
+}
+
+impl HostTensor {
+    /// Its element `i`, of floats.
+    ///
+    /// # Panics
+    /// If there is no such element.
+    pub fn get(&self, i: usize) -> f64 {
+        match self.element {
+            Element::Bf16 => bf16::from_le_bytes(self.bytes.as_chunks().0[i]).to_f64(),
+            Element::F16 => f16::from_le_bytes(self.bytes.as_chunks().0[i]).to_f64(),
+            Element::F64 => f64::from_le_bytes(self.bytes.as_chunks().0[i]),
+            _ => f32::from_le_bytes(self.bytes.as_chunks().0[i]).into(),
+        }
+    }
 }
 
 /// A hold on a plugin's devices.

@@ -4,9 +4,11 @@
 //! names begin with `cpu_` are about that plugin; the others hold for any.
 
 mod candidates;
+mod interpreter;
 mod load;
 mod programs;
 mod runtime;
+mod selftest;
 #[path = "../../kernels/tests/suite/mod.rs"]
 mod suite;
 mod support;

@@ -26,16 +26,16 @@ impl Generation {
         Self::ALL.into_iter().find(|generation| generation.name() == name)
     }
 
-    /// The generation of devices of that kind, as PJRT and JAX call it: `TPU v6 lite`.
-    pub fn by_device_kind(kind: &str) -> Option<Self> {
-        match kind {
-            "TPU v4" => Some(Self::V4),
-            "TPU v5 lite" | "TPU v5e" => Some(Self::V5e),
-            "TPU v5" | "TPU v5p" => Some(Self::V5p),
-            "TPU v6 lite" | "TPU v6e" => Some(Self::V6e),
-            "TPU7x" => Some(Self::V7x),
-            _ => None,
-        }
+    /// The generation of a device that calls itself so: `TPU v4`, `TPU v5` (v5p), `TPU v5 lite` (v5e), `TPU v6 lite` (v6e), `TPU7x`.
+    pub fn by_kind(kind: &str) -> Option<Self> {
+        Some(match kind {
+            "TPU v4" => Self::V4,
+            "TPU v5 lite" | "TPU v5e" => Self::V5e,
+            "TPU v5" | "TPU v5p" => Self::V5p,
+            "TPU v6 lite" | "TPU v6e" => Self::V6e,
+            "TPU7x" | "TPU v7x" => Self::V7x,
+            _ => return None,
+        })
     }
 
     /// Its name.
@@ -96,16 +96,26 @@ impl Generation {
             }
     }
 
+    /// Cycles of a core in a second.
+    pub fn clock(self) -> f64 {
+        match self {
+            Self::V4 => 1.05e9,
+            Self::V5e => 1.5e9,
+            Self::V5p | Self::V6e => 1.75e9,
+            Self::V7x => 2.2e9,
+        }
+    }
+
     /// Cycles of a core that moving `bytes` between HBM and VMEM takes at least: its share of the chip's bandwidth.
     pub fn hbm_cycles(self, bytes: f64) -> f64 {
-        let (bytes_per_second, clock) = match self {
-            Self::V4 => (1.228e12 / 2.0, 1.05e9),
-            Self::V5e => (0.819e12, 1.5e9),
-            Self::V5p => (2.765e12 / 2.0, 1.75e9),
-            Self::V6e => (1.64e12, 1.75e9),
-            Self::V7x => (7.4e12 / 2.0, 2.2e9),
+        let bytes_per_second = match self {
+            Self::V4 => 1.228e12 / 2.0,
+            Self::V5e => 0.819e12,
+            Self::V5p => 2.765e12 / 2.0,
+            Self::V6e => 1.64e12,
+            Self::V7x => 7.4e12 / 2.0,
         };
-        bytes * clock / bytes_per_second
+        bytes * self.clock() / bytes_per_second
     }
 }
 
