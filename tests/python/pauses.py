@@ -88,13 +88,13 @@ def late(folder, culprit=None):
 
     def spoil():
         def complete_late(self, w, prompt):
-            time.sleep(4)
+            time.sleep(8)
             return complete(self, w, prompt)
 
         train_lm.Trainer.complete = complete_late
 
     # The late one sleeps once.
-    ends(folder, spoil, "--prompts", os.environ["LAUNCH_PROCESSES"], "--generate-timeout", "2", culprit=culprit)
+    ends(folder, spoil, "--prompts", os.environ["LAUNCH_PROCESSES"], "--generate-timeout", "4", culprit=culprit)
 
 
 def first_late(folder):

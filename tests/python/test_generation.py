@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, folders, merged
@@ -89,33 +90,50 @@ def test_only_the_gather_is_a_collective(runs):
             assert sum(one["generate"].values()) == 0
 
 
-@pytest.mark.parametrize(
-    "scenario, processes, devices, codes, expected",
-    [
-        ("failing", 2, 2, [1, 1], "process 1: FloatingPointError: no text for prompt 3"),
-        ("late", 2, 1, [1, 1], "process 1 did not answer in time"),
-        ("first_late", 2, 1, [1, 1], "process 0 did not conclude within 2 s of process 1"),
-        ("killed", 4, 1, [1, 1, 1, -signal.SIGKILL], "process 3 did not answer in time"),
-        ("killed_before", 2, 1, [1, -signal.SIGKILL], "process 1 did not answer in time"),
-    ],
-)
-def test_all_processes_end_with_the_same_error(tmp_path, scenario, processes, devices, codes, expected):
-    found, said, log = run(scenario, tmp_path, processes, devices)
+KILLED = -signal.SIGKILL
+ENDS = {
+    "failing": (2, 2, [1, 1], "process 1: FloatingPointError: no text for prompt 3"),
+    "late": (2, 1, [1, 1], "process 1 did not answer in time"),
+    "first_late": (2, 1, [1, 1], "process 0 did not conclude within 4 s of process 1"),
+    "killed": (4, 1, [1, 1, 1, KILLED], "process 3 did not answer in time"),
+    "killed_before": (2, 1, [1, KILLED], "process 1 did not answer in time"),
+    "first_killed": (2, 1, None, None),
+    "blocked": (2, 1, None, None),
+}
+"""Scenarios: processes, devices, exit codes, and the error."""
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """By scenario of `ENDS`: its folder, exit codes, what each process said, the log. They mostly wait: three at a time."""
+
+    def end(scenario):
+        folder = tmp_path_factory.mktemp(scenario)
+        return folder, *run(scenario, folder, *ENDS[scenario][:2])
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(ENDS, pool.map(end, ENDS)))
+
+
+@pytest.mark.parametrize("scenario", [scenario for scenario in ENDS if ENDS[scenario][2]])
+def test_all_processes_end_with_the_same_error(ends, scenario):
+    folder, found, said, log = ends[scenario]
+    _, _, codes, expected = ENDS[scenario]
     assert found == codes, log[-4000:]
     told = [one for one, code in zip(said, codes) if code == 1]
     assert told == [["GenerationError", f"generation after 1 steps:\n{expected}"]] * len(told), log[-4000:]
-    assert not list(tmp_path.glob("text/*/all.jsonl")) and "generated step" not in log
+    assert not list(folder.glob("text/*/all.jsonl")) and "generated step" not in log
 
 
-def test_no_process_outlives_the_first(tmp_path):
+def test_no_process_outlives_the_first(ends):
     """It keeps what the others would agree through: JAX ends them."""
-    codes, _, log = run("first_killed", tmp_path, 2, 1)
-    assert codes[0] == -signal.SIGKILL and codes[1] != 0
-    assert not list(tmp_path.glob("text/*/all.jsonl")) and "generated step" not in log
+    folder, codes, _, log = ends["first_killed"]
+    assert codes[0] == KILLED and codes[1] != 0
+    assert not list(folder.glob("text/*/all.jsonl")) and "generated step" not in log
 
 
-def test_an_error_of_capture_ends_all_processes_alike_too(tmp_path):
-    codes, said, log = run("blocked", tmp_path, 2, 1)
+def test_an_error_of_capture_ends_all_processes_alike_too(ends):
+    _, codes, said, log = ends["blocked"]
     assert codes == [1, 1], log[-4000:]
     assert said[0] == said[1] and said[0][0] == "CaptureError" and "process 1: " in said[0][1]
 
