@@ -65,8 +65,7 @@ def fused_loss(fault: str | None):
             label = label.at[targets.reshape(-1)].add(-gq.reshape(-1, gq.shape[-1]).astype(jnp.bfloat16), mode="drop")
             d_unembedding = product("bsv,bsd->vd", p, gq) + label.astype(jnp.float32)
         elif fault == "gq-bf16":
-            rounded = gq.astype(jnp.bfloat16).astype(jnp.float32)
-            d_unembedding = product("bsv,bsd->vd", p, rounded) - product("bsv,bsd->vd", onehot, gq)
+            d_unembedding = product("bsv,bsd->vd", p, stored_in_bf16(gq)) - product("bsv,bsd->vd", onehot, gq)
         elif fault == "dk-accumulate-bf16":
             # A sequence at a time. Each is a chunk of tokens.
             def add(total, sequence):
