@@ -98,11 +98,14 @@ impl Tile {
 }
 
 /// Bytes of VMEM that the forward takes: its windows and scratch, and what the compiler copies and spills beside them. That is at
-/// most the operands of a product, or the parts that float32 is multiplied in, and its result, and here the result before.
-fn forward_vmem(spec: &Spec, generation: Generation, tile: Tile) -> usize {
+/// most the operands of a product, or the parts that float32 is multiplied in, and the results of a few products, and what options
+/// make of one.
+fn forward_vmem(spec: &Spec, tile: Tile) -> usize {
     let rows = forward::at_once(tile);
-    let temporary = 2 * rows * tile.tokens * size_of::<f32>() + copies(spec, tile.tokens + rows, 16) + transposed(spec, tile);
-    with_margin(forward::frame(spec, tile).vmem_bytes(generation.cores()) + temporary)
+    let results = 4 + usize::from(spec.options.logit_softcap.is_some()) + usize::from(spec.options.label_smoothing > 0.0);
+    let results = results * rows * tile.tokens * size_of::<f32>();
+    let copies = copies(spec, tile.tokens + rows, 16) + transposed(spec, tile);
+    with_margin(forward::frame(spec, tile).vmem_bytes() + results + copies)
 }
 
 /// Of so many rows of Q and K, whose products take so many bytes of each float32.
@@ -110,9 +113,10 @@ fn copies(spec: &Spec, rows: usize, of_f32: usize) -> usize {
     rows * spec.shape.hidden.next_multiple_of(128) * if spec.operand() == Element::F32 { of_f32 } else { 2 }
 }
 
-/// Of K's tile, where it lies the other way round.
+/// Of K's tile, where it lies the other way round: before and after.
 fn transposed(spec: &Spec, tile: Tile) -> usize {
-    if spec.layout == Layout::Dv { tile.vocab * spec.shape.hidden * spec.elements()[1].bytes() } else { 0 }
+    let of_one = tile.vocab * spec.shape.hidden.next_multiple_of(128) * spec.elements()[1].bytes();
+    if spec.layout == Layout::Dv { 2 * of_one } else { 0 }
 }
 
 /// For what else the compiler spills.
@@ -121,7 +125,7 @@ fn with_margin(bytes: usize) -> usize {
 }
 
 /// Bytes of VMEM that the largest kernel of a backward takes.
-fn backward_vmem(backward: &Backward, generation: Generation, plan: BackwardPlan) -> usize {
+fn backward_vmem(backward: &Backward, plan: BackwardPlan) -> usize {
     let (spec, tile) = (&backward.spec, plan.tile);
     let vmem = |kernel: &Kernel| {
         let both = matches!(kernel.gives, Gives::Both(_));
@@ -129,7 +133,14 @@ fn backward_vmem(backward: &Backward, generation: Generation, plan: BackwardPlan
         // Of tiles as small as this less is copied.
         let smallest = !both && [tile.tokens, tile.vocab] == [128; 2];
         let copies = if smallest { all / 8 * 5 } else { all } + transposed(spec, tile);
-        with_margin(kernel.frame().vmem_bytes(generation.cores()) + copies + tile.tokens * tile.vocab * size_of::<f32>())
+        // Of each of the logits: itself, its slope under a cap, and the parts that its gradient is multiplied in.
+        let of_dlogits = match backward.dlogits() {
+            Dlogits::Bf16 => 0,
+            Dlogits::Bf16x2 => 4,
+            Dlogits::F32 => 14,
+        };
+        let of_logits = 4 + if spec.options.logit_softcap.is_some() { 4 } else { 0 } + of_dlogits;
+        with_margin(kernel.frame().vmem_bytes() + copies + of_logits * tile.tokens * tile.vocab)
     };
     match plan.form {
         Form::OnePass { at_once, cores } => backward.chunks(tile, at_once, cores).iter().map(vmem).max(),
@@ -233,7 +244,7 @@ fn smaller(hidden: usize, fits: impl Fn(usize) -> bool) -> String {
 
 impl Spec {
     fn fitting(&self, generation: Generation) -> Option<Tile> {
-        let fits = |tile: &Tile| forward_vmem(self, generation, *tile) <= generation.available();
+        let fits = |tile: &Tile| forward_vmem(self, *tile) <= generation.available();
         let cycles = |tile: &Tile| forward_cycles(self, generation, *tile);
         let full = |tile: &Tile| tile.vocab == 128 || forward::at_once(*tile) == forward::AT_ONCE;
         Tile::choices(self, MOST[0]).filter(full).filter(fits).min_by(|x, y| cycles(x).total_cmp(&cycles(y)))
@@ -249,19 +260,14 @@ impl Spec {
             let tile = Tile { tokens: 128, vocab: 128 };
             let with = |hidden| Spec { shape: Shape { hidden, ..self.shape }, ..*self };
             let fits = |hidden| with(hidden).fitting(generation).is_some();
-            vmem_error(
-                format!("the forward with {tile}"),
-                forward_vmem(self, generation, tile),
-                generation,
-                smaller(self.shape.hidden, fits),
-            )
+            vmem_error(format!("the forward with {tile}"), forward_vmem(self, tile), generation, smaller(self.shape.hidden, fits))
         })
     }
 
     /// Bytes of VMEM that the forward takes with this tile.
     pub(super) fn fits(&self, generation: Generation, tile: Tile) -> Result<usize, TpuError> {
         tile.validate()?;
-        let needed = forward_vmem(self, generation, tile);
+        let needed = forward_vmem(self, tile);
         if needed <= generation.available() {
             return Ok(needed);
         }
@@ -283,7 +289,7 @@ impl Backward {
     }
 
     fn fitting(&self, generation: Generation) -> Option<BackwardPlan> {
-        let fits = |plan: &BackwardPlan| backward_vmem(self, generation, *plan) <= generation.available();
+        let fits = |plan: &BackwardPlan| backward_vmem(self, *plan) <= generation.available();
         let cycles = |plan: &BackwardPlan| backward_cycles(self, generation, *plan);
         self.choices(generation).filter(fits).min_by(|x, y| cycles(x).total_cmp(&cycles(y)))
     }
@@ -299,7 +305,7 @@ impl Backward {
             let with = |hidden| Spec { shape: Shape { hidden, ..self.spec.shape }, ..self.spec };
             let fits = |hidden| Backward { spec: with(hidden), ..*self }.fitting(generation).is_some();
             let remedy = smaller(self.spec.shape.hidden, fits);
-            vmem_error(format!("the backward, {plan},"), backward_vmem(self, generation, plan), generation, remedy)
+            vmem_error(format!("the backward, {plan},"), backward_vmem(self, plan), generation, remedy)
         })
     }
 
@@ -315,7 +321,7 @@ impl Backward {
         if ![1, generation.cores()].contains(&cores) {
             return Err(TpuError::Cores { found: cores, generation });
         }
-        let needed = backward_vmem(self, generation, plan);
+        let needed = backward_vmem(self, plan);
         if needed <= generation.available() {
             return Ok(needed);
         }

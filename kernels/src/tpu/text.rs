@@ -394,13 +394,10 @@ impl Frame {
         )
     }
 
-    /// Bytes of VMEM that the windows and the scratch take on each of `cores`, each padded to whole registers. A window has two
-    /// buffers, to fetch or to write one while the other is used, but for one that stays where it is.
-    pub fn vmem_bytes(&self, cores: usize) -> usize {
-        let moves_along = |dimension: usize| {
-            let (steps, any_order) = self.grid[dimension];
-            steps > if any_order { cores } else { 1 }
-        };
+    /// Bytes of VMEM that the windows and the scratch take, each padded to whole registers. A window has two buffers, to fetch or
+    /// to write one while the other is used, but for one that stays where it is.
+    pub fn vmem_bytes(&self) -> usize {
+        let moves_along = |dimension: usize| self.grid[dimension].0 > 1;
         let moves = |at: At| match at {
             At::Start => false,
             At::Step(dimension) => moves_along(dimension),

@@ -128,3 +128,25 @@ fn added(x: &Tensor, y: &Tensor) -> Tensor {
     let (Tensor::F32(x), Tensor::F32(y)) = (x, y) else { panic!("float32") };
     Tensor::F32(x.iter().zip(y).map(|(x, y)| x + y).collect())
 }
+
+/// The planted errors, as tests.
+macro_rules! finds {
+    ($($error:ident),+) => { $(#[test] fn $error() { planted::$error() })+ };
+}
+
+finds!(
+    nothing_planted_nothing_refused,
+    an_unmasked_tail,
+    logits_from_before_the_first_tile,
+    a_tail_of_k_that_is_not_zeroed,
+    a_missing_reset,
+    a_wrong_transform,
+    a_transposed_product,
+    a_bfloat16_accumulator,
+    products_of_float32_in_bfloat16
+);
+
+#[test]
+fn what_lies_outside() {
+    planted::what_lies_outside("lies outside of", "[8, 128] from [124, 0] on of [128, 128]");
+}

@@ -1,4 +1,4 @@
-//! Errors planted in the text: the comparison refuses each of them, so it would have found one that was made.
+//! Errors planted in the text: the comparison refuses each of them, so it would have found one that was made. Tests of each executor.
 
 use super::run::Run;
 use super::suite::*;
@@ -81,24 +81,21 @@ fn narrowed(text: &str, from: &str, ty: &str) -> String {
     })
 }
 
-#[test]
-fn nothing_planted_nothing_refused() {
+pub fn nothing_planted_nothing_refused() {
     let run = run();
     let results = run.both(&run.forward_program(TILE).text, &run.backward_program(ONE_PASS).text);
     let verdicts = run.truth().judge(&run.case, &results);
     assert!(!is_refused(&verdicts), "{verdicts:?}");
 }
 
-#[test]
-fn an_unmasked_tail() {
+pub fn an_unmasked_tail() {
     // 500 vocab ids are 62 groups of eight, and 4.
     refused_forward(|text| text.replace("dense<4> : vector<8x128xi32>", "dense<8> : vector<8x128xi32>"));
     refused_backward(|text| text.replace("value = 500 : i32", "value = 512 : i32"));
 }
 
 /// A tile leaves its last logits to the next; ahead of the first there are none.
-#[test]
-fn logits_from_before_the_first_tile() {
+pub fn logits_from_before_the_first_tile() {
     refused_forward(|text| {
         let of_start = "(vector<8x128xi32>, vector<8x128xi32>)";
         line_with(text, "scf.if", &["arith.cmpi", "predicate = 4", of_start], |line| {
@@ -108,8 +105,7 @@ fn logits_from_before_the_first_tile() {
 }
 
 /// 0·NaN is NaN: that s is 0 there is not enough.
-#[test]
-fn a_tail_of_k_that_is_not_zeroed() {
+pub fn a_tail_of_k_that_is_not_zeroed() {
     refused_backward(|text| {
         line_with(text, "scf.if", &["arith.select", "vector<128x64xbf16>"], |line| {
             let operands = line.split(['(', ')']).nth(1).unwrap();
@@ -120,8 +116,7 @@ fn a_tail_of_k_that_is_not_zeroed() {
 }
 
 /// The sums start where the first tile's do, and are not cleared for the next.
-#[test]
-fn a_missing_reset() {
+pub fn a_missing_reset() {
     let only_at_the_start = |text: &str, own: &str, other: &str| {
         line_with(text, "^bb0", &["arith.cmpi", &format!("({own},"), "predicate = 0"], |line| {
             format!(
@@ -135,8 +130,7 @@ fn a_missing_reset() {
     refused_backward(|text| only_at_the_start(text, "%step1", "%step2"));
 }
 
-#[test]
-fn a_wrong_transform() {
+pub fn a_wrong_transform() {
     let place = |text: &str, window: usize, from: &str, to: &str| {
         let end = text.find(&format!("sym_name = \"place{window}\"")).unwrap();
         let start = text[..end].rfind("\"stable_mosaic.func.return\"").unwrap();
@@ -151,8 +145,14 @@ fn a_wrong_transform() {
     refused_backward(|text| place(text, 3, ", %step2)", ", %step1)"));
 }
 
-#[test]
-fn a_bfloat16_accumulator() {
+/// sᵀ·Q where s·Q is meant, and the other way round.
+pub fn a_transposed_product() {
+    let [as_it_is, transposed] = ["[1], [0], [0], [1], [0, 0, 1, 1]", "[0], [0], [1], [1], [0, 1, 1, 1]"];
+    refused_backward(|text| text.replace(as_it_is, transposed));
+    refused_backward(|text| text.replace(transposed, as_it_is));
+}
+
+pub fn a_bfloat16_accumulator() {
     // Σ exp in the forward, dK and dQ in the backward.
     refused_forward(|text| narrowed(text, "math.exp", "vector<8x128xf32>"));
     refused_backward(|text| narrowed(text, "[1], [0], [0], [1]", "vector<128x64xf32>"));
@@ -160,8 +160,7 @@ fn a_bfloat16_accumulator() {
 }
 
 /// Without its precision a product of float32 is one of bfloat16.
-#[test]
-fn products_of_float32_in_bfloat16() {
+pub fn products_of_float32_in_bfloat16() {
     let case = Recipe::plain(200, 64, 300).case();
     let run = Run::new(case, [DType::F32; 2], Dlogits::F32);
     let program = run.forward_program(TILE);
@@ -169,15 +168,16 @@ fn products_of_float32_in_bfloat16() {
     assert!(is_refused(&run.truth().judge_forward(&run.forward(&imprecise))));
 }
 
-/// What does not fit its window or its array is found where it happens.
-#[test]
-fn what_lies_outside() {
+/// What does not fit its window or its array is found where it happens: a block that lies outside, and a slice.
+pub fn what_lies_outside(block: &str, slice: &str) {
     let run = run();
-    let outside = |edit: fn(&str) -> String| {
+    let says = |words: &str, edit: fn(&str) -> String| {
         let text = edited(&run.forward_program(TILE), edit);
-        std::panic::catch_unwind(|| run.forward(&text)).is_err()
+        let panic = std::panic::catch_unwind(|| run.forward(&text)).expect_err("it lies outside");
+        let message = panic.downcast_ref::<String>().expect("a message");
+        assert!(message.contains(words), "{message}");
     };
-    assert!(outside(|text| text.replace("array<i64: 4, 4>", "array<i64: 4, 5>")), "a step too many");
-    assert!(outside(|text| text.replace("array<i64: 4, 4>", "array<i64: 5, 4>")), "a step too many");
-    assert!(outside(|text| text.replace("offsets = [120, 0]", "offsets = [124, 0]")), "beyond a vector");
+    says(block, |text| text.replace("array<i64: 4, 4>", "array<i64: 4, 5>"));
+    says(block, |text| text.replace("array<i64: 4, 4>", "array<i64: 5, 4>"));
+    says(slice, |text| text.replace("offsets = [120, 0]", "offsets = [124, 0]"));
 }
