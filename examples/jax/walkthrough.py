@@ -27,7 +27,10 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--dumps", type=pathlib.Path, required=True, help="where the dumps go, each in the folder of its run's name")
     parser.add_argument("--runs", nargs="+", choices=("unfused", "fixed", *FAULTS), default=RUNS)
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 200], help="those that are captured; the last is the last")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if min(options.steps) < 0:
+        parser.error(f"--steps: {min(options.steps)}; expected 0 or more")
+    return options
 
 
 def run(name: str, steps: list[int], dumps: pathlib.Path, mesh) -> list[tuple[float, float]]:
