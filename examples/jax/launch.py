@@ -22,11 +22,16 @@ LEAVE = 10.0
 """Seconds that a process which leaves for an error waits for the others."""
 
 
+def launched() -> bool:
+    """Whether this process is one of several that this launcher started."""
+    return "LAUNCH_COORDINATOR" in os.environ
+
+
 def join() -> None:
     """Joins the processes that this launcher started; to be called before anything else asks JAX for a device."""
     import jax
 
-    if "LAUNCH_COORDINATOR" in os.environ:
+    if launched():
         jax.distributed.initialize(
             os.environ["LAUNCH_COORDINATOR"], int(os.environ["LAUNCH_PROCESSES"]), int(os.environ["LAUNCH_PROCESS"])
         )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from fused_loss import CONTRACT, FAULTS, fused_loss, kernel_loss
+from fused_loss import CONTRACT, FAULTS, fused_loss, kernel_loss, unfused_loss
 from fused_xent import CaptureError
 from fused_xent.jax import contract
 from generation import Generation, GenerationError, Totals
@@ -96,7 +96,7 @@ def make_step(options, capture, mesh):
     """step(state, ids [M, B, S + 1], step) -> state, loss, dK, and for `--path outputs` what that hands over."""
     sharding = NamedSharding(mesh, P("fsdp"))
     microbatches = options.num_microbatches
-    fused = kernel_loss(mesh) if options.fused else fused_loss(options.fault)
+    fused = kernel_loss(mesh) if options.fused else unfused_loss if options.unfused else fused_loss(options.fault)
     recorded = capture.record(fused) if options.path == "record" else None
 
     def loss_of(w, ids, m, step, denominator):
@@ -164,6 +164,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--path", choices=("record", "callback", "outputs"), default="record")
     loss = parser.add_mutually_exclusive_group()
     loss.add_argument("--fused", action="store_true", help="the kernel of fused_xent.jax in place of the example's own loss")
+    loss.add_argument("--unfused", action="store_true", help="the loss as JAX differentiates it")
     loss.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--memory-limit", type=int, default=None, help="bytes of captured arrays that may wait for the disk")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a capture may take to be concluded")
