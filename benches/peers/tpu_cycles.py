@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,8 +36,6 @@ GENERATIONS = {
 }
 OPERATIONS = {"forward": 2, "backward": 6}  # times N·D·V
 MOST_BACKWARD_VOCAB = 8192
-# tokamax's grids are sequential: of the cores of a chip they use one.
-CORES_USED = 1
 
 
 def main():
@@ -50,7 +47,7 @@ def main():
     parser.add_argument("--only", metavar="PASS", choices=OPERATIONS, help="forward or backward")
     arguments = parser.parse_args()
     if "TPU_LIBRARY_PATH" not in os.environ:
-        parser.error("TPU_LIBRARY_PATH must name libtpu.so, which tests/scripts/libtpu prints")
+        parser.error("TPU_LIBRARY_PATH must be the path of libtpu.so; tests/scripts/libtpu prints it")
     shape = arguments.n, arguments.d, arguments.v
     for name in arguments.generations:
         for passed in [arguments.only] if arguments.only else OPERATIONS:
@@ -78,8 +75,11 @@ def simulate(name, passed, shape):
         if cycles is None:
             return f"{tile}; no static profile: {why(child.exitcode, Path(folder, 'log'))}"
     minimum = OPERATIONS[passed] * n * d * v / generation.operations / generation.cores
-    of_cores = "" if generation.cores == CORES_USED else f" of {generation.cores} cores"
-    used = "" if generation.cores == CORES_USED else f", which is the only one of {generation.cores} that it uses"
+    of_cores = used = ""
+    if generation.cores > 1:
+        # tokamax's grids are sequential.
+        of_cores = f" of {generation.cores} cores"
+        used = f", the only one of {generation.cores} that it uses"
     return (
         f"{tile}; {cycles:.0f} cycles of a core, simulated{used}; "
         f"MXU minimum{of_cores} {minimum:.0f} ({100 * minimum / cycles:.1f} %); {seconds:.0f} s"
@@ -113,7 +113,8 @@ def compile_pass(name, passed, shape, folder):
     config = tokamax.get_tpu_specific_default_config(n, d, v)
     blocks = {size: getattr(config, size) for size in ("b_block_size", "h_block_size", "v_block_size")}
     ragged = "" if v % config.v_block_size == 0 else ", of which V is not a multiple"
-    Path(folder, "tile").write_text(f"tile of {blocks['b_block_size']} tokens, {blocks['h_block_size']} of D, {blocks['v_block_size']} of V{ragged}")
+    tile = "tile of {b_block_size} tokens, {h_block_size} of D, {v_block_size} of V".format_map(blocks)
+    Path(folder, "tile").write_text(tile + ragged)
 
     device = topologies.get_topology_desc(generation.topology, platform="tpu").devices[0]
     placed = jax.sharding.SingleDeviceSharding(device)
@@ -128,21 +129,21 @@ def compile_pass(name, passed, shape, folder):
 
 
 def profile(folder):
-    """The cycles of all operations of the profile, if there is one."""
-    files = list(Path(folder).glob("*static_llo_profile.textproto"))
-    if not files:
-        return None
-    (file,) = files
-    return sum(float(cycles) for cycles in re.findall(r"estimated_cycles: *(\S+)", file.read_text()))
+    """The cycles of all operations of the program, if there is a profile: a file for each, and one for those that are equal."""
+    cycles = None
+    for file in Path(folder).glob("*static_llo_profile.textproto"):
+        field = dict(re.findall(r"(\w+): *(\S+)", file.read_text()))
+        cycles = (cycles or 0) + float(field["estimated_cycles"]) * int(field["num_equivalent_hlos"])
+    return cycles
 
 
 def why(code, log):
     """Why a child made no profile: its signal, or the error that it ended with."""
-    if code < 0 and -code == signal.SIGKILL:
+    if code == -signal.SIGKILL:
         return "killed; out of memory?"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return f"exit status {code}: {lines[-1] if lines else 'it said nothing'}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
