@@ -94,6 +94,7 @@ def compile_pass(name, passed, shape, folder):
     os.dup2(log, 2)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
+        "JAX_TRACEBACK_FILTERING": "off",  # else the last line of an error says nothing
         "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the network for minutes
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
