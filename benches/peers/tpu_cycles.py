@@ -72,7 +72,8 @@ def simulate(name, passed, shape):
         tile = Path(folder, "tile")
         tile = tile.read_text() if tile.exists() else "unknown tile"
         cycles = profile(folder)
-        if cycles is None:
+        # On v5e and v5p libtpu may abort when the profile is written.
+        if cycles is None or child.exitcode not in (0, -signal.SIGABRT):
             return f"{tile}; no static profile: {why(child.exitcode, Path(folder, 'log'))}"
     minimum = OPERATIONS[passed] * n * d * v / generation.operations / generation.cores
     of_cores = used = ""
@@ -130,12 +131,12 @@ def compile_pass(name, passed, shape, folder):
 
 
 def profile(folder):
-    """The cycles of all operations of the program, if there is a profile: a file for each, and one for those that are equal."""
-    cycles = None
-    for file in Path(folder).glob("*static_llo_profile.textproto"):
-        field = dict(re.findall(r"(\w+): *(\S+)", file.read_text()))
-        cycles = (cycles or 0) + float(field["estimated_cycles"]) * int(field["num_equivalent_hlos"])
-    return cycles
+    """The cycles of all operations of the program, if tokamax's kernel is among them: a file for each, and one for equal ones."""
+    files = list(Path(folder).glob("*static_llo_profile.textproto"))
+    if not any("pallas_mosaic_tpu" in file.name for file in files):
+        return None
+    fields = [dict(re.findall(r"(\w+): *(\S+)", file.read_text())) for file in files]
+    return sum(float(field["estimated_cycles"]) * int(field["num_equivalent_hlos"]) for field in fields)
 
 
 def why(code, log):
