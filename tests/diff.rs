@@ -456,6 +456,7 @@ fn variants_are_found_with_their_parameters() {
         ("dk-accumulate-bf16:chunks=4,processes=3,processes_added_in=bf16", Regime::Initial),
         ("dq-accumulate-bf16:width=64", Regime::Initial),
         ("label-scatter-bf16:onto=lse-part,processes=3", Regime::Trained),
+        ("label-scatter-bf16:processes=3,processes_added_in=f32-then-bf16", Regime::Trained),
         ("lse-tile-missing:tile=64,index=4", Regime::Unit),
         ("vocab-pad-unmasked:pad=37", Regime::Initial),
         ("gradient-filter:eps=0.015625,token_tile=16,vocab_tile=32", Regime::Trained),

@@ -3,12 +3,16 @@
     python launch.py --processes 4 --devices 1 train_lm.py --steps 61 --capture-at 60 --dumps /tmp/lm
     xent-diff /tmp/lm
 
+With `--generate-at-steps 2 --generate-dir /tmp/lm-text` it pauses after exactly two steps to generate, and goes on as if it had
+not. Every option can stand in a file too (`--config run.toml`).
+
 The loss is the example's own, which can be given a fault, or with --fused the kernel of `fused_xent.jax`. Weights and batch are
 sharded over all devices of all processes (FSDP); a step scans over its microbatches.
 """
 
 import argparse
 import collections
+import math
 import pydoc_data.topics
 import re
 import zlib
@@ -18,19 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from fused_loss import CONTRACT, FAULTS, fused_loss, kernel_loss
+from fused_loss import CONTRACT, FAULTS, fused_loss, kernel_loss, unfused_loss
+from fused_xent import CaptureError
 from fused_xent.jax import contract
-from launch import join
+from generation import Generation, GenerationError, Totals
+from launch import join, leave
+from settings import Settings
 
 V, D, HEADS, LAYERS, S, B = 512, 64, 4, 2, 32, 8
 
 
-def read_text() -> np.ndarray:
-    """Word ids of Python's own documentation; every word that is not among the most frequent is -100, which masks it."""
+def read_text() -> tuple[np.ndarray, list[str]]:
+    """Word ids of Python's own documentation, and the words, the most frequent ones; any other is -100, which masks it."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     words = re.findall(r"\w+|[^\w\s]", text)
-    ranks = {word: i for i, (word, _) in enumerate(collections.Counter(words).most_common(V))}
-    return np.array([ranks.get(word, -100) for word in words], np.int32)
+    vocabulary = [word for word, _ in collections.Counter(words).most_common(V)]
+    ranks = {word: i for i, word in enumerate(vocabulary)}
+    return np.array([ranks.get(word, -100) for word in words], np.int32), vocabulary
 
 
 def batch_of(ids: np.ndarray, step: int, microbatches: int) -> np.ndarray:
@@ -88,7 +96,7 @@ def make_step(options, capture, mesh):
     """step(state, ids [M, B, S + 1], step) -> state, loss, dK, and for `--path outputs` what that hands over."""
     sharding = NamedSharding(mesh, P("fsdp"))
     microbatches = options.num_microbatches
-    fused = kernel_loss(mesh) if options.fused else fused_loss(options.fault)
+    fused = kernel_loss(mesh) if options.fused else unfused_loss if options.unfused else fused_loss(options.fault)
     recorded = capture.record(fused) if options.path == "record" else None
 
     def loss_of(w, ids, m, step, denominator):
@@ -129,8 +137,26 @@ def make_step(options, capture, mesh):
     return jax.jit(step, out_shardings=(sharding, None, sharding, None))
 
 
+def make_continuation(new_tokens: int):
+    """continuation(w, prompt [S / 2]) -> the likeliest token each time, [new_tokens]. On one device: no other one takes part."""
+
+    def continuation(w, prompt):
+        unembedding = w["unembedding"].astype(jnp.bfloat16)
+
+        def append(ids, at):
+            hidden = hidden_of(w, ids[None])[0, at - 1]
+            logits = jnp.einsum("d,vd->v", hidden, unembedding, preferred_element_type=jnp.float32)
+            token = jnp.argmax(logits).astype(jnp.int32)
+            return ids.at[at].set(token), token
+
+        ids = jnp.zeros(S, jnp.int32).at[: len(prompt)].set(prompt)
+        return jax.lax.scan(append, ids, len(prompt) + jnp.arange(new_tokens))[1]
+
+    return jax.jit(continuation)
+
+
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Settings(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=61)
     parser.add_argument("--num-microbatches", type=int, default=2)
     parser.add_argument("--capture-at", type=int, nargs="*", default=[])
@@ -138,10 +164,53 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--path", choices=("record", "callback", "outputs"), default="record")
     loss = parser.add_mutually_exclusive_group()
     loss.add_argument("--fused", action="store_true", help="the kernel of fused_xent.jax in place of the example's own loss")
+    loss.add_argument("--unfused", action="store_true", help="the loss as JAX differentiates it")
     loss.add_argument("--fault", choices=FAULTS, default=None)
     parser.add_argument("--memory-limit", type=int, default=None, help="bytes of captured arrays that may wait for the disk")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a capture may take to be concluded")
-    return parser.parse_args(argv)
+    generate = parser.add_argument_group("pauses to generate")
+    generate.add_argument("--generate-dir", default=None, help="where what is generated goes")
+    generate.add_argument("--generate-at-steps", type=int, nargs="*", default=[], help="pause when so many steps are done; or")
+    generate.add_argument("--generate-every", type=int, default=None, help="pause after every so many steps")
+    generate.add_argument("--prompts", type=int, default=128)
+    generate.add_argument("--new-tokens", type=int, default=S // 4, help=f"for each prompt of {S // 2}")
+    generate.add_argument("--generate-timeout", type=float, default=60.0, help="seconds that processes wait for each other")
+    options = parser.parse_args(argv)
+    if wrong := senseless(options):
+        parser.error(wrong)
+    return options
+
+
+def senseless(options) -> str | None:
+    """What does not make sense about the pauses."""
+    at, every = options.generate_at_steps, options.generate_every
+    if beyond := [k for k in at if not 1 <= k <= options.steps]:
+        return f"generate_at_steps: {beyond[0]} is not among the {options.steps} steps; expected 1 to {options.steps}"
+    if sorted(set(at)) != at:
+        return f"generate_at_steps: {at}; expected each step once, in order"
+    if every is not None and not 1 <= every <= options.steps:
+        return f"generate_every: {every}, of {options.steps} steps; expected 1 to {options.steps}"
+    if (options.generate_dir is not None) != bool(at or every):
+        return "generate_dir goes together with generate_at_steps or generate_every: where, and when"
+    if options.prompts < 1:
+        return f"prompts: {options.prompts}; expected 1 or more"
+    if not 1 <= options.new_tokens <= S - S // 2:
+        return f"new_tokens: {options.new_tokens}; expected 1 to {S - S // 2}: the model sees {S} tokens, and a prompt has {S // 2}"
+    if not 0 < options.generate_timeout < math.inf:
+        return f"generate_timeout: {options.generate_timeout:g}; expected seconds, more than 0"
+    return None
+
+
+def new_generation(options) -> Generation:
+    return Generation(
+        options.generate_dir,
+        at_steps=options.generate_at_steps,
+        every=options.generate_every,
+        prompts=options.prompts,
+        new_tokens=options.new_tokens,
+        vocabulary=V,
+        timeout=options.generate_timeout,
+    )
 
 
 def new_capture(options, mesh):
@@ -168,10 +237,13 @@ class Trainer:
 
     def __init__(self, options, mesh, capture) -> None:
         self.options, self.mesh, self.capture = options, mesh, capture
-        self.text = read_text()
+        self.text, self.vocabulary = read_text()
         w = jax.tree.map(lambda x: self.place(x, "fsdp"), new_parameters(0))
         self.state = {"w": w, "first": jax.tree.map(jnp.zeros_like, w), "second": jax.tree.map(jnp.zeros_like, w)}
         self.step = make_step(options, capture, mesh)
+        self.generation = new_generation(options)
+        self.continuation = make_continuation(options.new_tokens)
+        self.whole = jax.jit(lambda w: w, out_shardings=NamedSharding(mesh, P()))
 
     def place(self, x, *spec):
         return jax.make_array_from_callback(x.shape, NamedSharding(self.mesh, P(*spec)), lambda index: x[index])
@@ -188,6 +260,39 @@ class Trainer:
             self.capture.write_step(k, hidden=hidden, targets=targets, unembedding=unembedding, **out)
         return loss, self.capture.finish_step(k, d_unembedding=d_unembedding)
 
+    def gather(self):
+        """The weights, whole, on the first device of this process. Every process must call it, for all send their shards."""
+        whole = jax.block_until_ready(self.whole(self.state["w"]))
+        return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+    def complete(self, w, prompt) -> dict:
+        """The row of a prompt: `prompt_tokens`, `tokens`, and both as `text`. The same ones on whichever process."""
+        known = self.text[self.text >= 0]
+        start = np.random.default_rng(prompt).integers(0, len(known) - S // 2)
+        given = known[start : start + S // 2]
+        tokens = np.asarray(self.continuation(w, given))
+        text = " ".join(self.vocabulary[i] for i in given) + " → " + " ".join(self.vocabulary[i] for i in tokens)
+        return {"prompt_tokens": given.tolist(), "tokens": tokens.tolist(), "text": text}
+
+    def run(self) -> None:
+        """All steps, and the pauses between them."""
+        for k in range(self.options.steps):
+            loss, report = self.train(k)
+            if report:
+                print(f"captured {report}", flush=True)
+            if k % 20 == 0 or k == self.options.steps - 1:
+                print(f"step {k} loss {float(loss):.9f}", flush=True)
+            if self.generation.due(k + 1):
+                self.generate(k + 1)
+
+    def generate(self, steps) -> Totals:
+        """Pauses when so many steps are done. It is told by the first process, once all is written and verified."""
+        jax.block_until_ready(self.state)
+        totals = self.generation.run(steps, self.gather, self.complete)
+        if jax.process_index() == 0:
+            print(f"generated {totals}", flush=True)
+        return totals
+
     def checksum(self) -> str:
         """Of this process's shards of weights and moments."""
         crc = 0
@@ -197,19 +302,18 @@ class Trainer:
         return f"{crc:08x}"
 
 
-def main() -> None:
-    options = arguments()
+def main(argv=None) -> None:
+    # Before there is a cluster: what is wrong with the options is wrong on every process.
+    options = arguments(argv)
     join()
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
-    with new_capture(options, mesh) as capture:
-        trainer = Trainer(options, mesh, capture)
-        for k in range(options.steps):
-            loss, report = trainer.train(k)
-            if report:
-                print(f"captured {report}", flush=True)
-            if k % 20 == 0 or k == options.steps - 1:
-                print(f"step {k} loss {float(loss):.9f}", flush=True)
-        print(f"parameters {trainer.checksum()}", flush=True)
+    try:
+        with new_capture(options, mesh) as capture:
+            trainer = Trainer(options, mesh, capture)
+            trainer.run()
+            print(f"parameters {trainer.checksum()}", flush=True)
+    except (CaptureError, GenerationError) as error:
+        leave(error)
 
 
 if __name__ == "__main__":

@@ -39,15 +39,18 @@ class JaxProcesses:
         """What process 0 makes of what every process said; the same on every process.
 
         `conclude` gets what the processes said, in order, and `None` for one that said nothing within `timeout` seconds.
+        Process 0 may be the last to come, and then waits for as long. The others give it that time: it names who is missing.
         """
         deadline = time.monotonic() + timeout
-        self._store.key_value_set(f"{key}/said/{self.index}", json.dumps(said))
         if self.index == 0:
-            heard = [self._read(f"{key}/said/{i}", deadline) for i in range(self.count)]
+            self._store.key_value_set(f"{key}/listens", "{}")
+            heard = [said, *(self._take(f"{key}/said/{i}", deadline) for i in range(1, self.count))]
             self._conclude(key, conclude(heard))
-        elif self._read(f"{key}/concluded", deadline) is None:
-            silent = {"errors": [f"process 0 did not conclude within {timeout:g} s of process {self.index}"]}
-            self._conclude(key, silent)
+        else:
+            self._store.key_value_set(f"{key}/said/{self.index}", json.dumps(said))
+            if self._read(f"{key}/listens", deadline) is None or self._read(f"{key}/concluded", deadline + timeout) is None:
+                silent = {"errors": [f"process 0 did not conclude within {timeout:g} s of process {self.index}"]}
+                self._conclude(key, silent)
         conclusion = self._read(f"{key}/concluded", time.monotonic() + timeout)
         return conclusion or {"errors": ["the key-value store of jax.distributed does not answer"]}
 
@@ -59,6 +62,13 @@ class JaxProcesses:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
             raise
+
+    def _take(self, key: str, deadline: float) -> Said | None:
+        """Reads what nobody else reads, so that the store does not grow with it."""
+        said = self._read(key, deadline)
+        if said is not None:
+            self._store.key_value_delete(key)
+        return said
 
     def _conclude(self, key: str, conclusion: Said) -> None:
         try:

@@ -8,6 +8,7 @@ import time
 
 import jax
 import train_lm
+import walkthrough
 from fused_xent import CaptureError
 from fused_xent.capture import collectives
 from jax.sharding import AxisType
@@ -48,6 +49,12 @@ def capture_errors(at, steps):
         except CaptureError as error:
             raised[k] = str(error)
     return raised
+
+
+def walk(mesh, folder):
+    """The runs of docs/walkthrough.md: loss and norm of dK at the steps that are captured."""
+    train_lm.S, train_lm.B = 32, 8
+    return {name: walkthrough.run(name, [0, 10], folder, mesh) for name in walkthrough.RUNS}
 
 
 def unwritable(mesh, folder):

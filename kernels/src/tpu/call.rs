@@ -30,7 +30,7 @@ impl Call {
         let bytes: u64 = operands.iter().map(|v| &v.ty).chain(&self.results).map(bytes).sum();
         let config = format!(
             "{{\"custom_call_config\": {{\"body\": \"{}\", \"serialization_format\": 1, \"needs_layout_passes\": true, \
-             \"cost_estimate\": {{\"flops\": {}, \"transcendentals\": {}, \"bytes_accessed\": {bytes}, \"remote_bytes_transferred\": 0}}}}, \
+             \"cost_estimate\": {{\"flops\": {}, \"transcendentals\": {}, \"bytes_accessed\": {bytes}}}}}, \
              \"scoped_memory_configs\": [{{\"memory_space\": 1, \"offset\": 0, \"size\": {vmem}}}]}}",
             base64(self.body.as_bytes()),
             self.flops,

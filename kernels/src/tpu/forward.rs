@@ -214,7 +214,7 @@ impl Pass<'_> {
         let (spec, tile) = (self.spec, self.tile);
         let [_, _, labels, results @ ..] = self.windows else { unreachable!("six windows") };
         let LossOptions { z_loss, label_smoothing, .. } = spec.options;
-        let max = body.reduce_rows("maximumf", &running[0], LOWEST);
+        let max = body.reduce_rows("maximumf", &running[0], f64::NEG_INFINITY);
         let of_all = body.broadcast(&max, &[SUBLANES, tile.tokens]);
         let below = body.binary("arith.subf", &running[0], &of_all);
         let shrink = body.unary("math.exp", &below);

@@ -62,6 +62,22 @@ fn every_size_has_a_plan() {
     }
 }
 
+/// Any layout, option and precision up to the largest D, on every chip but v4, which has a quarter of the VMEM.
+#[test]
+fn every_option_has_a_plan() {
+    let options = LossOptions { logit_softcap: Some(30.0), label_smoothing: 0.1, z_loss: 1e-4, ..LossOptions::default() };
+    for generation in Generation::ALL.into_iter().filter(|&generation| generation != Generation::V4) {
+        for (layout, dlogits) in [Layout::Vd, Layout::Dv].into_iter().flat_map(|layout| Dlogits::ALL.map(|d| (layout, d))) {
+            for dtype in [DType::Bf16, DType::F32] {
+                let spec = Spec { layout, options, ..spec(4096, 8192, 100_001, dtype) };
+                spec.plan(generation).unwrap();
+                let gradients = [DType::F32; 2];
+                Backward { dlogits, gradients, accumulate: true, ..Backward::plain(spec) }.plan(generation).unwrap();
+            }
+        }
+    }
+}
+
 /// dQ stays in VMEM where it fits, for fewer tokens at a time where it does not, and logits are made twice on the smallest.
 #[test]
 fn forms() {

@@ -19,7 +19,7 @@ pub fn run(program: &str, arguments: Vec<Tensor>) -> Vec<Tensor> {
         let (names, operation) = line.split_once(" = stablehlo.").unwrap_or_else(|| panic!("an operation: {line}"));
         let made = Operation::new(operation, &values).run();
         match names.split_once(':') {
-            None => drop(values.extend(made.into_iter().map(|value| (names.to_owned(), value)))),
+            None => values.extend(made.into_iter().map(|value| (names.to_owned(), value))),
             Some((name, _)) => values.extend(made.into_iter().enumerate().map(|(i, value)| (format!("{name}#{i}"), value))),
         }
     }

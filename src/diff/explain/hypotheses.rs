@@ -4,8 +4,8 @@ use super::lse::SeenLse;
 use super::shards::SeenShards;
 use crate::diff::fault::{CATALOGUE, Fault, Touches};
 use crate::diff::replay::{
-    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, ScaleInBackward, ScatterOnto,
-    Significand,
+    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, ProcessesAdded, ScaleInBackward,
+    ScatterOnto, Significand,
 };
 use crate::diff::step::Step;
 use crate::diff::truth::Stage;
@@ -256,7 +256,8 @@ impl Observed<'_> {
     /// Over the processes of the run: each sums its own tokens.
     fn process_sums(&self) -> Vec<ProcessSum> {
         let processes = self.step.processes;
-        if processes < 2 { vec![] } else { [false, true].map(|bf16| ProcessSum { processes, bf16 }).to_vec() }
+        let added = [ProcessesAdded::F32, ProcessesAdded::F32ThenBf16, ProcessesAdded::Bf16];
+        if processes < 2 { vec![] } else { added.map(|added| ProcessSum { processes, added }).to_vec() }
     }
 
     /// Formulas for exp and log, where lse is off by little; then lse as it was recorded, whatever the formula.

@@ -3,8 +3,8 @@
 use super::{CATALOGUE, Fault, Gradients};
 use crate::diff::error::DiffError;
 use crate::diff::replay::{
-    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, SIGNIFICAND_TERMS, ScaleInBackward,
-    ScatterOnto, Significand, Split,
+    Approximation, Bf16Sum, Chunks, Filter, LabelLogit, LseRounded, Padding, ProcessSum, ProcessesAdded, SIGNIFICAND_TERMS,
+    ScaleInBackward, ScatterOnto, Significand, Split,
 };
 use fused_xent_kernels::contract::LabelTerm;
 use serde_json::{Map, Value};
@@ -27,8 +27,10 @@ const VARIANTS: &[Variant] = &[
     ("label-scatter-bf16", "onto", "zeros", |fault| onto(fault, ScatterOnto::Zeros)),
     ("label-scatter-bf16", "onto", "zeros-then-bf16", |fault| onto(fault, ScatterOnto::ZerosThenBf16)),
     ("label-scatter-bf16", "onto", "lse-part", |fault| onto(fault, ScatterOnto::LsePart)),
-    ("label-scatter-bf16", "processes_added_in", "bf16", processes_in_bf16),
-    ("dk-accumulate-bf16", "processes_added_in", "bf16", processes_in_bf16),
+    ("label-scatter-bf16", "processes_added_in", "bf16", |fault| processes_added(fault, ProcessesAdded::Bf16)),
+    ("label-scatter-bf16", "processes_added_in", "f32-then-bf16", |fault| processes_added(fault, ProcessesAdded::F32ThenBf16)),
+    ("dk-accumulate-bf16", "processes_added_in", "bf16", |fault| processes_added(fault, ProcessesAdded::Bf16)),
+    ("dk-accumulate-bf16", "processes_added_in", "f32-then-bf16", |fault| processes_added(fault, ProcessesAdded::F32ThenBf16)),
     ("dk-accumulate-bf16", "over", "microbatches", |fault| match fault {
         Fault::DkAccumulateBf16(Bf16Sum { parts_rounded, .. }) => Fault::DkAccumulateBf16OverMicrobatches { parts_rounded },
         other => other,
@@ -121,11 +123,20 @@ fn per_shard_of(mut fault: Fault, gradients: Gradients) -> Fault {
     fault
 }
 
-fn processes_in_bf16(mut fault: Fault) -> Fault {
+fn processes_added(mut fault: Fault, added: ProcessesAdded) -> Fault {
     if let Fault::LabelScatterBf16OverProcesses { over, .. } | Fault::DkAccumulateBf16OverProcesses { over, .. } = &mut fault {
-        over.bf16 = true;
+        over.added = added;
     }
     fault
+}
+
+fn added_in(over: ProcessSum) -> Value {
+    match over.added {
+        ProcessesAdded::F32 => "f32",
+        ProcessesAdded::F32ThenBf16 => "f32-then-bf16",
+        ProcessesAdded::Bf16 => "bf16",
+    }
+    .into()
 }
 
 fn scattered_onto(onto: ScatterOnto) -> &'static str {
@@ -224,11 +235,11 @@ impl Fault {
             _ if whole == 0 => return None,
             (Fault::DkAccumulateBf16(sum) | Fault::DqAccumulateBf16(sum), "width") => sum.chunks = Chunks::Width(whole),
             (Fault::LabelScatterBf16 { hits_rounded, onto }, "processes") => {
-                let over = ProcessSum { processes: whole, bf16: false };
+                let over = ProcessSum { processes: whole, added: ProcessesAdded::F32 };
                 changed = Fault::LabelScatterBf16OverProcesses { hits_rounded: *hits_rounded, onto: *onto, over };
             }
             (Fault::DkAccumulateBf16(sum), "processes") => {
-                let over = ProcessSum { processes: whole, bf16: false };
+                let over = ProcessSum { processes: whole, added: ProcessesAdded::F32 };
                 changed = Fault::DkAccumulateBf16OverProcesses { sum: *sum, over };
             }
             (Fault::DkAccumulateBf16(sum) | Fault::DkAccumulateBf16OverProcesses { sum, .. }, "chunks")
@@ -289,12 +300,11 @@ impl Fault {
                 ("hits_rounded", hits_rounded.into()),
                 ("onto", scattered_onto(onto).into()),
                 ("processes", over.processes.into()),
-                ("processes_added_in", if over.bf16 { "bf16" } else { "f32" }.into()),
+                ("processes_added_in", added_in(over)),
             ],
             Fault::DkAccumulateBf16OverProcesses { sum, over } => {
                 let processes = ("processes", over.processes.into());
-                let added_in = ("processes_added_in", if over.bf16 { "bf16" } else { "f32" }.into());
-                chunks(sum, "chunks").into_iter().chain([processes, added_in]).collect()
+                chunks(sum, "chunks").into_iter().chain([processes, ("processes_added_in", added_in(over))]).collect()
             }
             Fault::GradientFilter(Filter { eps, tokens, ids, masked_count }) => vec![
                 ("eps", eps.into()),

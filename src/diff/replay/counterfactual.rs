@@ -175,8 +175,20 @@ pub struct Filter {
 pub struct ProcessSum {
     /// How many.
     pub processes: usize,
-    /// Whether they are added in bf16.
-    pub bf16: bool,
+    /// How they are added.
+    pub added: ProcessesAdded,
+}
+
+/// How the sums of the processes are added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessesAdded {
+    /// In float32.
+    F32,
+    /// In float32, as XLA adds bf16 over CPUs, and then rounded to bf16: label gradients that were scatter-added to zeros by
+    /// themselves, all of dK otherwise.
+    F32ThenBf16,
+    /// In bf16.
+    Bf16,
 }
 
 impl ProcessSum {

@@ -16,7 +16,7 @@ mod token;
 pub use approximate::{Approximation, SIGNIFICAND_TERMS, Significand};
 pub use counterfactual::{
     Bf16Sum, Chunks, Counterfactual, Filter, LabelLogit, LabelPlace, LabelSum, LseRounded, MaskedTokens, Padding, ProcessSum,
-    ScaleInBackward, ScatterOnto, Split, TokenFactor,
+    ProcessesAdded, ScaleInBackward, ScatterOnto, Split, TokenFactor,
 };
 pub use excerpt::{CumulatedRow, Excerpt, Rows};
 

@@ -1,6 +1,6 @@
 //! The two sums of the backward: dQ over vocab ids, dK over tokens, in as high or as low a precision as a counterfactual says.
 
-use super::counterfactual::{Bf16Sum, LabelSum, ScatterOnto, bf16};
+use super::counterfactual::{Bf16Sum, LabelSum, ProcessesAdded, ScatterOnto, bf16};
 use super::token::{Replay, Token, TokenLabel};
 use fused_xent_kernels::product::general_mat_mul;
 use fused_xent_kernels::reference::{self, Parts};
@@ -139,7 +139,7 @@ impl<'a> UnembeddingSum<'a> {
     }
 
     fn add_process(&mut self, mut parts: Parts) {
-        let narrow = self.replay.how.dk_processes.is_some_and(|sum| sum.bf16);
+        let narrow = self.processes_added() == ProcessesAdded::Bf16;
         if narrow {
             parts.lse = parts.sum().mapv_into(bf16);
             parts.label.fill(0.0);
@@ -264,7 +264,19 @@ impl<'a> UnembeddingSum<'a> {
         }
         let parts = self.finish_process();
         self.add_process(parts);
-        self.of_processes.expect("a process was added")
+        let mut sum = self.of_processes.take().expect("a process was added");
+        if self.processes_added() == ProcessesAdded::F32ThenBf16 {
+            if matches!(self.replay.how.label_sum, LabelSum::Bf16 { onto: ScatterOnto::Zeros, .. }) {
+                sum.label.mapv_inplace(bf16);
+            } else {
+                sum = Parts { lse: sum.sum().mapv_into(bf16), label: Array2::zeros(sum.label.dim()) };
+            }
+        }
+        sum
+    }
+
+    fn processes_added(&self) -> ProcessesAdded {
+        self.replay.how.dk_processes.map_or(ProcessesAdded::F32, |sum| sum.added)
     }
 
     /// The parts of one process.

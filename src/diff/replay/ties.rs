@@ -8,7 +8,7 @@
 //! Running sums in bf16 are not looked at one by one. Each of their roundings lies within reach of a tie with probability
 //! 2·REACH·σ/step, where σ is the float32 error of an element, and may change step² there: 2·REACH·σ·step per rounding.
 
-use super::counterfactual::{Bf16Sum, Counterfactual, LabelLogit, LseRounded, bf16};
+use super::counterfactual::{Bf16Sum, Counterfactual, LabelLogit, LseRounded, ProcessesAdded, bf16};
 use super::token::{Replay, Token, TokenLogits};
 use crate::diff::step::Step;
 use crate::diff::truth::Stage;
@@ -86,9 +86,14 @@ impl Counterfactual {
         match stage {
             Stage::DHidden => self.dq_sum.map_or(0, |sum| of_sum(sum, shape.vocab)),
             Stage::DUnembedding => {
-                let (processes, narrow) = self.dk_processes.map_or((1, false), |sum| (sum.processes, sum.bf16));
+                let (processes, added) = self.dk_processes.map_or((1, ProcessesAdded::F32), |sum| (sum.processes, sum.added));
                 let own = self.dk_sum.map_or(0, |sum| of_sum(sum, shape.tokens.div_ceil(processes)));
-                processes * own + if narrow { 2 * processes } else { 0 }
+                let adding = match added {
+                    ProcessesAdded::F32 => 0,
+                    ProcessesAdded::F32ThenBf16 => 1,
+                    ProcessesAdded::Bf16 => 2 * processes,
+                };
+                processes * own + adding
             }
             Stage::AccumulatedDUnembedding if self.microbatches_bf16 => {
                 if self.microbatches_rounded {
