@@ -102,16 +102,17 @@ fn print_cycles(
     Ok(())
 }
 
-/// The cycles of all operations of a profile, if there is one.
+/// The cycles of all operations of a program, if they were profiled; each has a file.
 fn profile(folder: &Path) -> Result<Option<f64>, Box<dyn Error>> {
+    let mut cycles = None;
     for file in std::fs::read_dir(folder)? {
         let path = file?.path();
         if path.to_string_lossy().ends_with("static_llo_profile.textproto") {
             let text = std::fs::read_to_string(path)?;
-            let cycles =
+            let of_one =
                 text.split("estimated_cycles:").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
-            return Ok(Some(cycles.sum()));
+            cycles = Some(cycles.unwrap_or(0.0) + of_one.sum::<f64>());
         }
     }
-    Ok(None)
+    Ok(cycles)
 }
