@@ -217,7 +217,10 @@ fn what_stands_in_the_journal_is_not_run_again() {
 /// A call in which run 5 waits for the file `go`, and the number of its process, once it does.
 fn waiting(bench: &Bench) -> (std::process::Child, String) {
     let arguments = [&["isolate", "--cmd", "./run.sh"], &ABC[..]].concat();
-    let child = Command::new(BINARY).current_dir(bench.folder()).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
+    // Where these tests run in the background of a script, SIGINT is ignored, and what they start would ignore it too.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", BINARY]).args(arguments).current_dir(bench.folder());
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
     wait_until("run 5 waits", || bench.read("waits").ends_with('\n'));
     (child, bench.read("waits").trim().to_owned())
 }
