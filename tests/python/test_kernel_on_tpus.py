@@ -65,8 +65,8 @@ def spec(generation, inputs, *, shape=(N, D, V), layout="vd", valid_vocab=None, 
 
 def check(facts, forward, backward):
     assert facts["kernels"] == {"fused_xent_forward": digests(forward), "fused_xent_backward": digests(backward)}
-    # Logits would take at least a byte each.
-    assert facts["workspace"] < N * V
+    # Logits would take at least two bytes each.
+    assert facts["workspace"] < 2 * N * V
 
 
 @each_jaxlib
@@ -93,7 +93,7 @@ def test_in_a_scan_that_makes_each_microbatch_again(compiled):
     facts = compiled["v6e"]["microbatches"]
     backward = ours.backward(("bfloat16", "float32"), "bf16x2")
     assert facts["kernels"] == {"fused_xent_forward": 2 * digests(ours.forward()), "fused_xent_backward": digests(backward)}
-    assert facts["workspace"] < N * V
+    assert facts["workspace"] < 2 * N * V
 
 
 @each_jaxlib
