@@ -6,7 +6,7 @@
 //! Prints for bfloat16 and each generation how the kernels are cut, what they take, and with `--cycles` what the compiler's static
 //! profile says that they last: simulated, of one core, beside the least that its MXU and its HBM allow. The profile takes up to
 //! minutes and several GB (20 for a backward at V = 50304), is there for v5e, v5p, v6e and v7x, and is made in a child process, which may
-//! die of it. Kernels that are equal, as those of the middle token chunks, count once.
+//! die of it.
 
 use fused_xent::kernels::problem::{DType, Layout, LossOptions, Shape};
 use fused_xent::kernels::tpu::{Backward, Generation, Program, Spec};
@@ -110,9 +110,14 @@ fn profile(folder: &Path) -> Result<Option<f64>, Box<dyn Error>> {
         let path = file?.path();
         if path.to_string_lossy().ends_with("static_llo_profile.textproto") {
             let text = std::fs::read_to_string(path)?;
-            let of_one =
-                text.split("estimated_cycles:").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
-            cycles = Some(cycles.unwrap_or(0.0) + of_one.sum::<f64>());
+            let all = |field: &str| {
+                let values = text.split(field).skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+                values.collect::<Vec<_>>()
+            };
+            // Equal operations, as the kernels of the middle token chunks, share a file.
+            let times = all("num_equivalent_hlos:").first().copied().unwrap_or(1.0);
+            let of_one = times * all("estimated_cycles:").iter().sum::<f64>();
+            cycles = Some(cycles.unwrap_or(0.0) + of_one);
         }
     }
     Ok(cycles)
