@@ -10,7 +10,7 @@
 
 use fused_xent::kernels::problem::{DType, Layout, LossOptions, Shape};
 use fused_xent::kernels::tpu::{Backward, Generation, Program, Spec};
-use fused_xent::pjrt::{CompileOptions, Options, Plugin, Topology, Value};
+use fused_xent::pjrt::{CompileOptions, Plugin, Topology};
 use std::error::Error;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let plugin = Plugin::load(libtpu)?;
     for name in generations {
         let generation = Generation::by_name(name).ok_or_else(|| format!("{name} is none of v4, v5e, v5p, v6e, v7x"))?;
-        let devices = topology(&plugin, generation)?;
+        let devices = plugin.tpu(generation)?;
         let passes = [
             ("forward", spec.forward(generation, None)?, spec.plan(generation)?.to_string(), 2.0),
             ("backward", backward.program(generation, None)?, backward.plan(generation)?.to_string(), 6.0),
@@ -50,12 +50,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     Ok(())
-}
-
-fn topology(plugin: &Plugin, generation: Generation) -> Result<Topology, Box<dyn Error>> {
-    let megacore = [("chip_config_name".to_owned(), Value::Text("megacore".to_owned()))];
-    let options = if generation == Generation::V4 { Options::from(megacore) } else { Options::new() };
-    Ok(plugin.topology(generation.topology(), &options)?)
 }
 
 fn print_memory(program: &Program, devices: &Topology) -> Result<(), Box<dyn Error>> {

@@ -7,7 +7,7 @@
 use fused_xent::kernels::Dlogits;
 use fused_xent::kernels::problem::{DType, Layout, LossOptions, Shape};
 use fused_xent::kernels::tpu::{Backward, BackwardPlan, Form, Generation, Given, Program, Spec, Tile};
-use fused_xent::pjrt::{CompileOptions, Executable, Options, PjrtError, Plugin, Topology, Value};
+use fused_xent::pjrt::{CompileOptions, Executable, PjrtError, Plugin, Topology};
 use std::sync::OnceLock;
 
 fn plugin() -> &'static Plugin {
@@ -24,11 +24,7 @@ fn is_newest() -> bool {
 }
 
 fn topology(generation: Generation) -> Topology {
-    let megacore = [("chip_config_name".to_owned(), Value::Text("megacore".to_owned()))];
-    let options = if generation == Generation::V4 { Options::from(megacore) } else { Options::new() };
-    // Four chips, since the oldest knows of no smaller slice; the programs are for one.
-    let slice = generation.topology().replace("1x1", "2x2");
-    plugin().topology(&slice, &options).unwrap()
+    plugin().tpu(generation).unwrap()
 }
 
 fn plain(tokens: usize, hidden: usize, vocab: usize) -> Spec {

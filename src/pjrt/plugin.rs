@@ -4,6 +4,7 @@ use super::error::PjrtError;
 use super::options::{Options, Value};
 use super::sys::{self, Api};
 use super::{Client, Topology};
+use fused_xent_kernels::tpu::Generation;
 use libloading::Library;
 use std::env;
 use std::ffi::{OsStr, c_void};
@@ -89,6 +90,18 @@ impl Plugin {
     /// If the plugin has no topologies, or none of that name.
     pub fn topology(&self, name: &str, options: &Options) -> Result<Topology, PjrtError> {
         Topology::new(self, name, options)
+    }
+
+    /// One chip of a generation of TPUs as one device, with all of its cores where kernels can be split over them.
+    ///
+    /// # Errors
+    /// If the plugin is not libtpu, or one that does not know the generation.
+    pub fn tpu(&self, generation: Generation) -> Result<Topology, PjrtError> {
+        let mut options = Options::from([("chips_per_host_bounds".to_owned(), Value::Ints(vec![1; 3]))]);
+        if generation == Generation::V4 {
+            options.insert("chip_config_name".to_owned(), Value::Text("megacore".to_owned()));
+        }
+        self.topology(generation.topology(), &options)
     }
 }
 

@@ -11,7 +11,7 @@ pub mod programs;
 pub mod report;
 mod speed;
 
-use crate::pjrt::{CompileOptions, Device, Options, PjrtError, Plugin, Topology, Value};
+use crate::pjrt::{CompileOptions, Device, PjrtError, Plugin, Topology};
 use crate::report::model::Verdict as Judgement;
 use cases::Case;
 use fused_xent_kernels::problem::Shape;
@@ -260,20 +260,13 @@ fn of_kind(kind: &str, given: Option<Generation>) -> Result<Generation, Selftest
 fn ahead(settings: &Settings) -> Result<(Option<Ahead>, Option<String>), SelftestError> {
     let generation = settings.generation.unwrap_or(DEFAULT_GENERATION);
     let loaded = Plugin::load(settings.libtpu.as_deref().unwrap_or("tpu"));
-    let made = loaded
-        .and_then(|libtpu| Ok(Ahead { library: libtpu.path().to_owned(), topology: topology(&libtpu, generation)?, generation }));
+    let made =
+        loaded.and_then(|libtpu| Ok(Ahead { library: libtpu.path().to_owned(), topology: libtpu.tpu(generation)?, generation }));
     match made {
         Ok(ahead) => Ok((Some(ahead), None)),
         Err(e) if settings.libtpu.is_none() => Ok((None, Some(e.to_string()))),
         Err(e) => Err(e.into()),
     }
-}
-
-/// One chip of a generation, to compile ahead for.
-fn topology(libtpu: &Plugin, generation: Generation) -> Result<Topology, PjrtError> {
-    let megacore = [("chip_config_name".to_owned(), Value::Text("megacore".to_owned()))];
-    let options = if generation == Generation::V4 { Options::from(megacore) } else { Options::new() };
-    libtpu.topology(generation.topology(), &options)
 }
 
 fn compile_ahead(topology: &Topology, programs: &Programs) -> Result<Vec<Compiled>, Failure> {
