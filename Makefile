@@ -9,8 +9,8 @@ lint:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --all-targets --features pjrt -- -D warnings
 
-# All Rust tests. Those that need numpy or a PJRT plugin are ignored by default, by name and with the reason; they run where a virtual
-# environment can be made and a plugin built.
+# All Rust tests. Those that need numpy, a PJRT plugin, MLIR's tools or the TPU compiler are ignored by default, by name and with the
+# reason; they run where these can be had.
 unit:
 	@tests/scripts/unit "$(CARGO)"
 

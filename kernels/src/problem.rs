@@ -341,6 +341,13 @@ pub enum Label {
     Elsewhere,
 }
 
+impl Label {
+    /// The column of K that is its label.
+    pub fn column(self) -> Option<usize> {
+        if let Label::Column(column) = self { Some(column as usize) } else { None }
+    }
+}
+
 /// One microbatch, checked: what every kernel and the oracle work on.
 #[derive(Clone, Debug)]
 pub struct Problem<'a> {

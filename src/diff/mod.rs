@@ -46,7 +46,7 @@ use explain::Tolerances;
 use fused_xent_kernels::Kernel;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::Tolerance;
-use fused_xent_kernels::problem::{Label, Sample};
+use fused_xent_kernels::problem::Sample;
 use ndarray::{Array2, Axis};
 use sampling::Sampling;
 use std::borrow::Cow;
@@ -347,11 +347,7 @@ impl View<'_> {
             let floor = self.truth(m).floor(self.step, m, contract).map_err(|e| problem_error(self.number, m, e))?;
             let problem = &self.step.microbatches[m].problem;
             let factor = factors.map_or(1.0, |factors| factors[place]);
-            let labels: Vec<Option<usize>> = problem
-                .labels()
-                .iter()
-                .map(|l| if let Label::Column(label) = l { Some(*label as usize) } else { None })
-                .collect();
+            let labels: Vec<Option<usize>> = problem.labels().iter().map(|label| label.column()).collect();
             let outcome = &self.truth(m).outcome;
             let reference = |stage: Stage| match stage {
                 Stage::Loss | Stage::Lse | Stage::LabelLogits => outcome.stage(stage),

@@ -3,7 +3,7 @@
 use crate::dump::Elements;
 use crate::pjrt::{Element, HostTensor};
 use fused_xent_kernels::Dlogits;
-use fused_xent_kernels::problem::{DType, Floats, Inputs, Label, Layout, LossOptions, Problem, ProblemError, Sample, Shape};
+use fused_xent_kernels::problem::{DType, Floats, Inputs, Layout, LossOptions, Problem, ProblemError, Sample, Shape};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -375,8 +375,7 @@ impl Case {
         let rows = self.sample?;
         let Shape { tokens, vocab, .. } = self.shape;
         let spread = |count: usize| (0..rows).map(move |i| i * (count - 1) / (rows - 1).max(1));
-        let labels =
-            problem.labels().iter().filter_map(|label| if let Label::Column(id) = label { Some(*id as usize) } else { None });
+        let labels = problem.labels().iter().filter_map(|label| label.column());
         let ids = spread(vocab).chain(labels.take(rows / 4)).collect();
         Some(Sample::new(self.shape, spread(tokens).collect(), ids).expect("rows within the shape"))
     }
@@ -388,9 +387,7 @@ impl Data {
         let Shape { tokens, hidden, vocab } = case.shape;
         for n in (0..tokens).filter(|&n| self.targets[n] == case.options.ignore_index) {
             (0..hidden).for_each(|d| self.hidden.set_nan(n * hidden + d));
-        }
-        for masked in (0..tokens).filter(|&n| self.targets[n] == case.options.ignore_index) {
-            self.cotangents.iter_mut().flatten().for_each(|cotangents| cotangents[masked] = f32::NAN);
+            self.cotangents.iter_mut().flatten().for_each(|cotangents| cotangents[n] = f32::NAN);
         }
         for v in case.options.valid_vocab.unwrap_or(vocab)..vocab {
             (0..hidden)

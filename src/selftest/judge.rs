@@ -10,7 +10,7 @@ use crate::pjrt::HostTensor;
 use crate::report::model::TensorReport;
 use fused_xent_kernels::contract::{Contract, Precision};
 use fused_xent_kernels::floor::LogitFloor;
-use fused_xent_kernels::problem::{Label, Layout, Problem};
+use fused_xent_kernels::problem::{Layout, Problem};
 use fused_xent_kernels::reference::{self, Cotangents};
 use ndarray::{Array2, ArrayView2};
 
@@ -47,8 +47,7 @@ pub fn judge(
     };
     let floor = contract.floor_of(&logits, problem, &forward, &cotangents, &gradients, sample.as_ref())?;
     let column = |values: &[f64]| Array2::from_shape_fn((values.len(), 1), |(n, _)| values[n]);
-    let label = |label: &Label| if let Label::Column(id) = label { Some(*id as usize) } else { None };
-    let labels: Vec<Option<usize>> = problem.labels().iter().map(label).collect();
+    let labels: Vec<Option<usize>> = problem.labels().iter().map(|label| label.column()).collect();
     let shape = problem.shape();
     let tokens = sample.as_ref().map(|sample| sample.tokens());
     let ids = sample.as_ref().map(|sample| sample.ids());

@@ -85,7 +85,7 @@ impl<'a> Row<'a> {
         let q = q(problem, n);
         let squares: f64 = q.iter().zip(mean_square_of_k).map(|(q, k)| q * q * k).sum();
         let z = products.iter().map(|&x| capped(problem, options.logit_scale * f64::from(x))).collect();
-        let label = if let Label::Column(label) = problem.labels()[n] { Some(label as usize) } else { None };
+        let label = problem.labels()[n].column();
         Self { floor, problem, label, q, z, squares: squares * options.logit_scale.powi(2) }
     }
 

@@ -97,8 +97,8 @@ impl Pass<'_> {
         });
         let last = self.tiles() - 1;
         let start = body.with_integer("arith.muli", v, self.tile.vocab);
-        let more = body.compare_with(v, Is::Less, last);
         if last > 0 {
+            let more = body.compare_with(v, Is::Less, last);
             body.only_if(&more, |body| {
                 let running = self.tile(body, &start, None);
                 for (value, memory) in running.iter().zip(self.running) {

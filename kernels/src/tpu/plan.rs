@@ -59,8 +59,8 @@ impl Display for BackwardPlan {
 
 /// Tokens of a tile, when they are chosen.
 const TOKENS: [usize; 5] = [128, 256, 512, 768, 1024];
-/// The most vocab ids of a tile that is chosen, and what their number is a multiple of.
-const VOCAB: [usize; 2] = [2048, 128];
+/// The most vocab ids of a tile that is chosen.
+const MOST_VOCAB: usize = 2048;
 /// The most multiplications of a product of tiles, in the forward and in the backward, which has three: the program grows with them,
 /// and with it the time to compile it.
 const MOST: [usize; 2] = [1 << 31, 3 << 29];
@@ -90,8 +90,7 @@ impl Tile {
     fn choices(spec: &Spec, most: usize) -> impl Iterator<Item = Tile> {
         let [tokens, vocab] = [spec.shape.tokens, spec.shape.vocab].map(|size| size.next_multiple_of(128));
         let d = spec.shape.hidden;
-        let vocabs = (VOCAB[1]..=VOCAB[0]).step_by(VOCAB[1]);
-        let tiles = vocabs.flat_map(|vocab| TOKENS.map(|tokens| Tile { tokens, vocab }));
+        let tiles = (128..=MOST_VOCAB).step_by(128).flat_map(|vocab| TOKENS.map(|tokens| Tile { tokens, vocab }));
         let wide = move |size: usize, of: usize| size <= of.max(128);
         tiles.filter(move |tile| wide(tile.tokens, tokens) && wide(tile.vocab, vocab) && tile.tokens * tile.vocab * d <= most)
     }
@@ -142,11 +141,7 @@ fn backward_vmem(backward: &Backward, plan: BackwardPlan) -> usize {
         let of_logits = 4 + if spec.options.logit_softcap.is_some() { 4 } else { 0 } + of_dlogits;
         with_margin(kernel.frame().vmem_bytes() + copies + of_logits * tile.tokens * tile.vocab)
     };
-    match plan.form {
-        Form::OnePass { at_once, cores } => backward.chunks(tile, at_once, cores).iter().map(vmem).max(),
-        Form::TwoKernels { cores } => backward.apart(tile, cores).iter().map(vmem).max(),
-    }
-    .expect("at least one kernel")
+    backward.kernels(plan).iter().map(vmem).max().expect("at least one kernel")
 }
 
 /// What a pass does, for the model of its time.
@@ -194,11 +189,7 @@ fn forward_cycles(spec: &Spec, generation: Generation, tile: Tile) -> f64 {
 }
 
 fn backward_cycles(backward: &Backward, generation: Generation, plan: BackwardPlan) -> f64 {
-    let cycles = |kernel: &Kernel| kernel_cycles(kernel, generation);
-    match plan.form {
-        Form::OnePass { at_once, cores } => backward.chunks(plan.tile, at_once, cores).iter().map(cycles).sum(),
-        Form::TwoKernels { cores } => backward.apart(plan.tile, cores).iter().map(cycles).sum(),
-    }
+    backward.kernels(plan).iter().map(|kernel| kernel_cycles(kernel, generation)).sum()
 }
 
 fn kernel_cycles(kernel: &Kernel, generation: Generation) -> f64 {
@@ -277,6 +268,13 @@ impl Spec {
 }
 
 impl Backward {
+    fn kernels(&self, plan: BackwardPlan) -> Vec<Kernel<'_>> {
+        match plan.form {
+            Form::OnePass { at_once, cores } => self.chunks(plan.tile, at_once, cores),
+            Form::TwoKernels { cores } => self.apart(plan.tile, cores).to_vec(),
+        }
+    }
+
     fn choices(&self, generation: Generation) -> impl Iterator<Item = BackwardPlan> {
         let (n, cores) = (self.spec.shape.tokens, generation.cores());
         Tile::choices(&self.spec, MOST[1]).flat_map(move |tile| {
