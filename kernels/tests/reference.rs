@@ -192,7 +192,8 @@ proptest! {
             let expected = sampled(&pair(&whole, part), &sample);
             prop_assert_eq!((expected.0.dim(), expected.1.dim()), (rows.hidden.lse.dim(), rows.unembedding.lse.dim()));
             let off = deviation(&case, &pair(&rows, part), &expected);
-            prop_assert!(off <= ROUNDING, "{off}");
+            // exp makes a rounding of a logit, as an error of P, as large as the logit.
+            prop_assert!(off <= ROUNDING * (1.0 + largest_product(&case)), "{off}");
         }
     }
 
