@@ -18,6 +18,7 @@ use crate::shard::{Partial, TokenPartial};
 use crate::tiled::{Settings, Sinks};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::fmt;
 use std::sync::{Arc, Mutex, TryLockError};
 
 /// The default bound on the workspace, in bytes; with what two threads pack into it makes 128 MiB at most.
@@ -29,7 +30,7 @@ const CHOICE: &str = "FUSED_XENT_KERNEL";
 /// A fused cross-entropy kernel. A value is the proof that this machine can run it.
 ///
 /// All work runs on the current rayon thread pool, and the results are the same bits for any number of threads.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Kernel {
     name: &'static str,
     /// Float32 arithmetic.
@@ -40,6 +41,18 @@ pub struct Kernel {
     dlogits: Option<Dlogits>,
     /// The last call's workspace.
     held: Arc<Mutex<Vec<f32>>>,
+}
+
+/// What it computes and with how much workspace; not what the workspace holds.
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { name, workspace, dlogits, .. } = self;
+        f.debug_struct("Kernel")
+            .field("name", name)
+            .field("workspace", workspace)
+            .field("dlogits", dlogits)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The precision of dlogits in the products that make dQ and dK of them; see the table in docs/performance.md.

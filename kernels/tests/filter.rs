@@ -2,9 +2,10 @@
 
 mod suite;
 
-use fused_xent_kernels::problem::{DType, Layout, Shape};
-use fused_xent_kernels::{Filter, Gradients, Kernel, reference};
-use ndarray::{Array2, ArrayView2, Axis};
+use fused_xent_kernels::problem::{DType, Label, Layout, Shape};
+use fused_xent_kernels::reference::{self, RowCotangent};
+use fused_xent_kernels::{Filter, Gradients, Kernel};
+use ndarray::{Array2, ArrayView2, Axis, s};
 use proptest::prelude::*;
 use suite::*;
 
@@ -19,29 +20,54 @@ fn run(case: &Case, kernel: &Kernel, filter: &mut Filter) -> Results {
     Results { forward, d_hidden, d_unembedding }
 }
 
-/// dlogits [N, V], and by token what a threshold is a share of, from the definition.
-fn dlogits(case: &Case, truth: &Truth) -> (Array2<f64>, Vec<f64>) {
-    let problem = case.problem();
-    let Shape { tokens, vocab, .. } = case.shape;
-    let mut all = Array2::zeros((tokens, vocab));
-    let mut largest = vec![0.0; tokens];
-    let cotangents = case.reference_cotangents();
-    for rows in reference::token_blocks(&problem) {
-        let dlogits = reference::dlogits(&problem, rows.clone(), &truth.forward.lse, &cotangents);
-        for (i, n) in rows.enumerate() {
-            let mut row = all.row_mut(n);
-            row.assign(&dlogits.lse.row(i));
-            if let Some(constant) = &dlogits.constant {
-                row += &constant.row(i);
-            }
-            if let fused_xent_kernels::problem::Label::Column(label) = problem.labels()[n] {
-                row[label as usize] += dlogits.onehot[i];
-                let of_token = cotangents.row(&problem, n, truth.forward.lse[n]);
-                largest[n] = case.options.logit_scale.abs() * of_token.p.abs().max(of_token.onehot.abs());
-            }
+/// dlogits from the definition.
+struct Exact {
+    /// [N, V].
+    dlogits: Array2<f64>,
+    /// How far float32 may be from them: some roundings of the largest logit, which exp makes an error of P, in what each of
+    /// them is the difference of.
+    rounding: Array2<f64>,
+    /// By token what a threshold is a share of.
+    largest: Vec<f64>,
+}
+
+impl Exact {
+    fn new(case: &Case, truth: &Truth) -> Self {
+        let problem = case.problem();
+        let (rows, lse) = (0..case.shape.tokens, &truth.forward.lse);
+        let cotangents = case.reference_cotangents();
+        let z = reference::logits(&problem, rows.clone());
+        let parts = reference::dlogits(&problem, rows.clone(), lse, &cotangents);
+        let mut dlogits = parts.lse;
+        if let Some(constant) = &parts.constant {
+            dlogits += constant;
         }
+        let (mut rounding, mut largest) = (Array2::zeros(z.dim()), vec![0.0; rows.len()]);
+        let valid = z.slice(s![.., ..problem.valid_columns()]);
+        let relative = 8.0 * f64::from(f32::EPSILON) * (1.0 + valid.iter().fold(0.0, |m: f64, z| m.max(z.abs())));
+        let scale = case.options.logit_scale.abs();
+        for n in rows {
+            let Label::Column(label) = problem.labels()[n] else { continue };
+            dlogits[[n, label as usize]] += parts.onehot[n];
+            let RowCotangent { p, onehot, constant } = cotangents.row(&problem, n, lse[n]);
+            largest[n] = scale * p.abs().max(onehot.abs());
+            let mut row = rounding.row_mut(n);
+            row.assign(&z.row(n).mapv(|z| p.abs() * (z - lse[n]).exp() + constant.abs()));
+            row[label as usize] += onehot.abs();
+            // Beside what float32 cannot hold.
+            row.mapv_inplace(|parts| relative * scale * parts + 1e-36);
+        }
+        Self { dlogits, rounding, largest }
     }
-    (all, largest)
+
+    /// What is left out for sure (`sign` −1), or may be (1), where rounding decides of what is close to the limit.
+    fn small(&self, threshold: f32, sign: f64) -> Array2<f64> {
+        Array2::from_shape_fn(self.dlogits.dim(), |at| {
+            let (x, rounding) = (self.dlogits[at].abs(), sign * self.rounding[at]);
+            let limit = f64::from(threshold) * (1.0 + sign * 0.01) * self.largest[at.0];
+            if x <= limit + rounding { (x + rounding).max(0.0) } else { 0.0 }
+        })
+    }
 }
 
 /// Every element as far from the truth as its tolerance and `lost`, by row, allow.
@@ -82,14 +108,9 @@ proptest! {
             check("dK", dk, truth.gradients.unembedding.sum(), &truth.floor.unembedding.sum, &of_ids, most_q)?;
 
             // The bound is the sum of what is small, give or take what is so close to the limit that rounding decides.
-            let (exact, largest) = dlogits(&case, &truth);
-            let small = |sign: f64| Array2::from_shape_fn(exact.dim(), |(n, v)| {
-                let (x, rounding) = (exact[[n, v]].abs(), sign * 1e-6 * largest[n]);
-                let is_small = x <= (f64::from(threshold) * (1.0 + sign * 0.01)).mul_add(largest[n], rounding);
-                if is_small { (x + rounding).max(0.0) } else { 0.0 }
-            });
+            let exact = Exact::new(&case, &truth);
             for (axis, sums) in [(Axis(1), &of_tokens), (Axis(0), &of_ids)] {
-                let (least, most) = (small(-1.0).sum_axis(axis), small(1.0).sum_axis(axis));
+                let (least, most) = (exact.small(threshold, -1.0).sum_axis(axis), exact.small(threshold, 1.0).sum_axis(axis));
                 for ((&sum, least), most) in sums.iter().zip(least).zip(most) {
                     let sum = f64::from(sum);
                     prop_assert!(least * 0.999 <= sum && sum <= most * 1.001, "{sum} for {least} to {most}, {kernel:?}");
