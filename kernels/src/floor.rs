@@ -24,7 +24,7 @@ mod refined;
 pub use logits::LogitFloor;
 
 use crate::contract::Precision;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2};
 use std::ops::Range;
 
 /// Variance of rounding x to nearest, over u²x², for a significand with Benford's distribution: (1/3)·E[2^(2e)/x²].
@@ -94,14 +94,37 @@ impl Error {
         let declared: Vec<f64> = self.typical.iter().zip(&self.emulated).map(|(typical, here)| typical.max(*here)).collect();
         let before = self.modelled.iter().zip(&declared).map(|(modelled, declared)| modelled + declared).collect();
         let emulated = self.emulated.clone();
-        let rounding = reference
-            .outer_iter()
-            .map(|row| row.iter().map(|&x| (output.round(x) - x).powi(2) + SMALLEST_NORMAL.powi(2)).sum())
-            .collect();
         // Half a step between subnormals: 2⁻²⁵ in float16, far below the smallest normal number elsewhere.
-        let absolute = if output == Precision::F16 { 2f64.powi(-25) } else { SMALLEST_NORMAL };
+        let (u, absolute) = (output.unit_roundoff(), if output == Precision::F16 { 2f64.powi(-25) } else { SMALLEST_NORMAL });
+        let rounding = reference.outer_iter().map(|row| Rounding::new(row, output, u, absolute)).collect();
         let (bound_rows, bound_columns) = (self.bound_rows.clone(), self.bound_columns.clone());
-        Tolerance { before, declared, emulated, rounding, u: output.unit_roundoff(), absolute, bound_rows, bound_columns }
+        Tolerance { before, declared, emulated, rounding, u, absolute, bound_rows, bound_columns }
+    }
+}
+
+/// The final rounding of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Rounding {
+    /// ‖error‖² where the exact values are rounded.
+    exact: f64,
+    /// Expected ‖error‖² where values beside them are, if that is more; the sum of its elements' squares, and the largest.
+    beside: f64,
+    squares: f64,
+    largest: f64,
+}
+
+impl Rounding {
+    fn new(row: ArrayView1<f64>, output: Precision, u: f64, absolute: f64) -> Self {
+        let mut of_row = Self { exact: 0.0, beside: 0.0, squares: 0.0, largest: 0.0 };
+        for &x in row {
+            let exact = (output.round(x) - x).powi(2) + SMALLEST_NORMAL.powi(2);
+            let beside = exact.max(ROUNDING * (u * x).powi(2)).max(x.abs().min(absolute).powi(2) / 3.0);
+            of_row.exact += exact;
+            of_row.beside += beside;
+            of_row.squares += beside * beside;
+            of_row.largest = of_row.largest.max(beside);
+        }
+        of_row
     }
 }
 
@@ -110,7 +133,7 @@ impl Error {
 pub struct Tolerance {
     /// Expected ‖error‖² of each row before the final rounding, and by it.
     before: Vec<f64>,
-    rounding: Vec<f64>,
+    rounding: Vec<Rounding>,
     /// The share of `before` that a declared rounding to 16 bits has, and what it does on this very data.
     declared: Vec<f64>,
     emulated: Vec<f64>,
@@ -129,7 +152,7 @@ impl Tolerance {
         let of = |values: &[f64]| rows.iter().map(|&row| values[row]).collect();
         Self {
             before: of(&self.before),
-            rounding: of(&self.rounding),
+            rounding: rows.iter().map(|&row| self.rounding[row]).collect(),
             declared: of(&self.declared),
             emulated: of(&self.emulated),
             bound_rows: of(&self.bound_rows),
@@ -140,7 +163,7 @@ impl Tolerance {
 
     /// The floor: ‖error‖₂ that an honest computation is expected to make over the given rows.
     pub fn l2(&self, rows: Range<usize>) -> f64 {
-        (self.before[rows.clone()].iter().sum::<f64>() + self.rounding[rows].iter().sum::<f64>()).sqrt()
+        (self.before[rows.clone()].iter().sum::<f64>() + self.rounding[rows].iter().map(|r| r.exact).sum::<f64>()).sqrt()
     }
 
     /// The floor with what the declared roundings do on this very data, even where luck makes that little: an honest computation
@@ -165,18 +188,21 @@ impl Tolerance {
     ///
     /// A row's float32 error may hang on a single rounding, so its square is taken as a χ² variable of one degree of freedom.
     /// A declared rounding to 16 bits is known better: its effect was emulated, no single one exceeds 2.4 times its standard
-    /// deviation, and 16 degrees of freedom leave room for 2.7. The sum is bounded by Laurent and Massart (Ann. Statist. 28,
-    /// 2000, lemma 1): P(X ≥ ΣE + 2√(x·ΣE²/dof) + 2x·max E/dof) ≤ e⁻ˣ.
+    /// deviation, and 16 degrees of freedom leave room for 2.7. So is the final rounding, of each element by itself; what comes
+    /// before it decides which way it goes, so that luck with the exact value is none here. The sum is bounded by Laurent and
+    /// Massart (Ann. Statist. 28, 2000, lemma 1): P(X ≥ ΣE + 2√(x·ΣE²/dof) + 2x·max E/dof) ≤ e⁻ˣ.
     pub fn limit(&self, rows: Range<usize>) -> f64 {
         const X: f64 = 28.0;
-        const DECLARED_FREEDOM: f64 = 16.0;
-        let (mut spread, mut largest) = (0.0, 0.0f64);
-        for (all, declared) in self.before[rows.clone()].iter().zip(&self.declared[rows.clone()]) {
-            let modelled = all - declared;
-            spread += modelled * modelled + declared * declared / DECLARED_FREEDOM;
-            largest = largest.max(modelled).max(declared / DECLARED_FREEDOM);
+        const ROUNDING_FREEDOM: f64 = 16.0;
+        let (mut expected, mut spread, mut largest) = (0.0, 0.0, 0.0f64);
+        for row in rows {
+            let (declared, rounding) = (self.declared[row], &self.rounding[row]);
+            let modelled = self.before[row] - declared;
+            expected += self.before[row] + rounding.beside;
+            spread += modelled * modelled + (declared * declared + rounding.squares) / ROUNDING_FREEDOM;
+            largest = largest.max(modelled).max(declared.max(rounding.largest) / ROUNDING_FREEDOM);
         }
-        (self.l2(rows).powi(2) + 2.0 * (X * spread).sqrt() + 2.0 * X * largest).sqrt()
+        (expected + 2.0 * (X * spread).sqrt() + 2.0 * X * largest).sqrt()
     }
 
     /// How much ⟨error, reference⟩ an honest computation may add, before the final rounding and by it, for a reference whose
@@ -185,7 +211,7 @@ impl Tolerance {
         let (mut before, mut rounding) = (0.0, 0.0);
         for ((squared, e), r) in rows.zip(&self.before).zip(&self.rounding) {
             before += (e * squared).sqrt();
-            rounding += r * squared;
+            rounding += r.exact * squared;
         }
         (before, rounding.sqrt())
     }
