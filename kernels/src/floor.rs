@@ -92,37 +92,49 @@ impl Error {
         assert_eq!(reference.dim(), (self.modelled.len(), self.bound_columns.len()), "a reference of the error's shape");
         // What the declared rounding does here, and what it does to values like these: luck is no floor.
         let declared: Vec<f64> = self.typical.iter().zip(&self.emulated).map(|(typical, here)| typical.max(*here)).collect();
-        let before = self.modelled.iter().zip(&declared).map(|(modelled, declared)| modelled + declared).collect();
+        let before: Vec<f64> = self.modelled.iter().zip(&declared).map(|(modelled, declared)| modelled + declared).collect();
         let emulated = self.emulated.clone();
         // Half a step between subnormals: 2⁻²⁵ in float16, far below the smallest normal number elsewhere.
-        let (u, absolute) = (output.unit_roundoff(), if output == Precision::F16 { 2f64.powi(-25) } else { SMALLEST_NORMAL });
-        let rounding = reference.outer_iter().map(|row| Rounding::new(row, output, u, absolute)).collect();
+        let absolute = if output == Precision::F16 { 2f64.powi(-25) } else { SMALLEST_NORMAL };
+        let rounding = reference
+            .outer_iter()
+            .zip(&before)
+            .map(|(row, before)| Rounding::new(row, (before / row.len() as f64).sqrt(), output, absolute))
+            .collect();
         let (bound_rows, bound_columns) = (self.bound_rows.clone(), self.bound_columns.clone());
-        Tolerance { before, declared, emulated, rounding, u, absolute, bound_rows, bound_columns }
+        Tolerance { before, declared, emulated, rounding, u: output.unit_roundoff(), absolute, bound_rows, bound_columns }
     }
 }
 
-/// The final rounding of a row.
+/// The final rounding of a row, of values that are not quite the exact ones.
+///
+/// r(x) = |round(x) − x| is a triangle wave: r(x + e) lies within |e| of r(x). An e far below a step leaves it as it is, and one
+/// of a step or more makes it what it is to values like these.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Rounding {
-    /// ‖error‖² where the exact values are rounded.
+    /// ‖r‖² of the exact values.
     exact: f64,
-    /// Expected ‖error‖² where values beside them are, if that is more; the sum of its elements' squares, and the largest.
+    /// ‖r‖² of values beside them, if that may be more.
     beside: f64,
+    /// How far each element's r² may move: the sum of the squares, and the largest.
     squares: f64,
     largest: f64,
 }
 
 impl Rounding {
-    fn new(row: ArrayView1<f64>, output: Precision, u: f64, absolute: f64) -> Self {
+    /// `e` is the standard deviation of an element before it; `absolute` is half a step between subnormals.
+    fn new(row: ArrayView1<f64>, e: f64, output: Precision, absolute: f64) -> Self {
+        let u = output.unit_roundoff();
         let mut of_row = Self { exact: 0.0, beside: 0.0, squares: 0.0, largest: 0.0 };
         for &x in row {
-            let exact = (output.round(x) - x).powi(2) + SMALLEST_NORMAL.powi(2);
-            let beside = exact.max(ROUNDING * (u * x).powi(2)).max(x.abs().min(absolute).powi(2) / 3.0);
-            of_row.exact += exact;
-            of_row.beside += beside;
-            of_row.squares += beside * beside;
-            of_row.largest = of_row.largest.max(beside);
+            let r = (output.round(x) - x).abs();
+            let typical = (ROUNDING * (u * x).powi(2)).max(x.abs().min(absolute).powi(2) / 3.0);
+            let reached = (r + e).powi(2).min(typical);
+            let moved = (e * (2.0 * r + e)).min(typical);
+            of_row.exact += r.powi(2) + SMALLEST_NORMAL.powi(2);
+            of_row.beside += r.powi(2).max(reached) + SMALLEST_NORMAL.powi(2);
+            of_row.squares += moved * moved;
+            of_row.largest = of_row.largest.max(moved);
         }
         of_row
     }
@@ -188,9 +200,9 @@ impl Tolerance {
     ///
     /// A row's float32 error may hang on a single rounding, so its square is taken as a χ² variable of one degree of freedom.
     /// A declared rounding to 16 bits is known better: its effect was emulated, no single one exceeds 2.4 times its standard
-    /// deviation, and 16 degrees of freedom leave room for 2.7. So is the final rounding, of each element by itself; what comes
-    /// before it decides which way it goes, so that luck with the exact value is none here. The sum is bounded by Laurent and
-    /// Massart (Ann. Statist. 28, 2000, lemma 1): P(X ≥ ΣE + 2√(x·ΣE²/dof) + 2x·max E/dof) ≤ e⁻ˣ.
+    /// deviation, and 16 degrees of freedom leave room for 2.7. So is what the final rounding of an element may become by the
+    /// error before it. The sum is bounded by Laurent and Massart (Ann. Statist. 28, 2000, lemma 1):
+    /// P(X ≥ ΣE + 2√(x·ΣE²/dof) + 2x·max E/dof) ≤ e⁻ˣ.
     pub fn limit(&self, rows: Range<usize>) -> f64 {
         const X: f64 = 28.0;
         const ROUNDING_FREEDOM: f64 = 16.0;
