@@ -1,7 +1,7 @@
 //! The library's fused loss as the trainer calls it, and the faults that can be put in its place.
 
 use clap::ValueEnum;
-use fused_xent::kernels::problem::{Label, Problem, ProblemError, Shape};
+use fused_xent::kernels::problem::{Problem, ProblemError, Shape};
 use fused_xent::kernels::reduction::{Denominator, Microbatches, Reduction, StepReduction};
 use fused_xent::kernels::{Cotangents, Forward, GradientMut, Gradients, Kernel};
 use half::bf16;
@@ -59,8 +59,8 @@ fn scatter_labels_bf16(problem: &Problem, g: &[f32]) -> Vec<bf16> {
     let shape = problem.shape();
     let mut label = vec![bf16::ZERO; shape.vocab * shape.hidden];
     for (n, &g) in g.iter().enumerate() {
-        let Label::Column(column) = problem.labels()[n] else { continue };
-        let start = column as usize * shape.hidden;
+        let Some(column) = problem.labels()[n].column() else { continue };
+        let start = column * shape.hidden;
         for (d, sum) in label[start..start + shape.hidden].iter_mut().enumerate() {
             *sum = bf16::from_f32(sum.to_f32() - g * problem.hidden().get(n * shape.hidden + d));
         }

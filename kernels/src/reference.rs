@@ -158,10 +158,7 @@ impl LogitSums {
     /// Of the logits `z` of `ids`, one at least.
     fn new(label: Label, ids: Range<usize>, z: ArrayView1<f64>) -> Self {
         let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let label = match label {
-            Label::Column(label) if ids.contains(&(label as usize)) => z[label as usize - ids.start],
-            _ => 0.0,
-        };
+        let label = label.column().filter(|label| ids.contains(label)).map_or(0.0, |label| z[label - ids.start]);
         Self { max, exp: z.iter().map(|z| (z - max).exp()).sum(), sum: z.sum(), label }
     }
 
@@ -273,10 +270,7 @@ pub fn dlogits(problem: &Problem, rows: Range<usize>, lse: &[f64], cotangents: &
     let onehot = rows
         .clone()
         .zip(z.outer_iter())
-        .map(|(n, z)| match problem.labels()[n] {
-            Label::Column(label) => row(n).onehot * chain(options, z[label as usize]),
-            _ => 0.0,
-        })
+        .map(|(n, z)| problem.labels()[n].column().map_or(0.0, |label| row(n).onehot * chain(options, z[label])))
         .collect();
     let constant = (options.label_smoothing > 0.0).then(|| {
         let mut constant = z.clone();
@@ -298,8 +292,7 @@ pub fn dlogits(problem: &Problem, rows: Range<usize>, lse: &[f64], cotangents: &
 /// dQ[n] += onehot[n]·K[t] over a block of tokens.
 pub fn hidden_label_product(problem: &Problem, rows: Range<usize>, onehot: &[f64], d_hidden: &mut Array2<f64>) {
     for (n, &onehot) in rows.zip(onehot) {
-        let Label::Column(label) = problem.labels()[n] else { continue };
-        let label = label as usize;
+        let Some(label) = problem.labels()[n].column() else { continue };
         d_hidden.row_mut(n).scaled_add(onehot, &unembedding_rows(problem, label..label + 1).row(0));
     }
 }
@@ -308,8 +301,8 @@ pub fn hidden_label_product(problem: &Problem, rows: Range<usize>, onehot: &[f64
 pub fn unembedding_label_product(problem: &Problem, rows: Range<usize>, onehot: &[f64], d_unembedding: &mut Array2<f64>) {
     let q = hidden_rows(problem, rows.clone());
     for ((n, q), &onehot) in rows.zip(q.outer_iter()).zip(onehot) {
-        let Label::Column(label) = problem.labels()[n] else { continue };
-        d_unembedding.row_mut(label as usize).scaled_add(onehot, &q);
+        let Some(label) = problem.labels()[n].column() else { continue };
+        d_unembedding.row_mut(label).scaled_add(onehot, &q);
     }
 }
 

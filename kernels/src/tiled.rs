@@ -515,8 +515,8 @@ fn cut(whole: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>>
 /// The lanes of tokens whose label is one of `len` columns from `first` on, and that column's index.
 fn labels(problem: &Problem, tokens: &[usize], first: usize, len: usize) -> impl Iterator<Item = (usize, usize)> {
     tokens.iter().enumerate().filter_map(move |(lane, &n)| {
-        let Label::Column(label) = problem.labels()[n] else { return None };
-        (label as usize).checked_sub(first).filter(|&at| at < len).map(|at| (lane, at))
+        let at = problem.labels()[n].column()?.checked_sub(first)?;
+        (at < len).then_some((lane, at))
     })
 }
 

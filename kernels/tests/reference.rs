@@ -188,12 +188,13 @@ proptest! {
         let case = recipe.case();
         let sample = draw(case.shape, seed, every);
         let (whole, rows) = (oracle(&case), oracle_rows(&case, &sample));
+        // exp makes a rounding of a logit, as an error of P, as large as the logit.
+        let rounding = ROUNDING * (1.0 + largest_product(&case));
         for part in [Parts::sum, |p: &Parts| p.lse.clone(), |p: &Parts| p.label.clone()] {
             let expected = sampled(&pair(&whole, part), &sample);
             prop_assert_eq!((expected.0.dim(), expected.1.dim()), (rows.hidden.lse.dim(), rows.unembedding.lse.dim()));
             let off = deviation(&case, &pair(&rows, part), &expected);
-            // exp makes a rounding of a logit, as an error of P, as large as the logit.
-            prop_assert!(off <= ROUNDING * (1.0 + largest_product(&case)), "{off}");
+            prop_assert!(off <= rounding, "{off}");
         }
     }
 

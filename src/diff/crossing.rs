@@ -140,7 +140,7 @@ impl Tracing<'_> {
             let cotangent = self.cotangents.row(self.problem, n, self.lse[n]);
             let masked = matches!(label, Label::Masked);
             for (z, id) in row.iter_mut().zip(ids.clone()) {
-                let at_label = matches!(label, Label::Column(label) if label as usize == id);
+                let at_label = label.column() == Some(id);
                 let own =
                     cotangent.p * (*z - self.lse[n]).exp() + if at_label { cotangent.onehot } else { 0.0 } + cotangent.constant;
                 *z = if masked { 0.0 } else { own * reference::chain(self.problem.options(), *z) };

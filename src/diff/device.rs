@@ -7,7 +7,7 @@ use super::{DiffError, View, recorded};
 use crate::dump::Elements;
 use crate::pjrt::{CompileOptions, Device, Element, HostTensor, LoadedExecutable, PjrtError, Plugin};
 use fused_xent_kernels::contract::{Contract, Precision};
-use fused_xent_kernels::problem::{DType, Floats, Label, Layout, Problem};
+use fused_xent_kernels::problem::{DType, Floats, Layout, Problem};
 use fused_xent_kernels::stablehlo::{Spec, chunked, naive};
 use ndarray::Array2;
 use serde_json::Value;
@@ -252,10 +252,9 @@ impl<'a> Inputs<'a> {
             }
             _ if !fits => return unfit("tokens".into()),
             Argument::Targets => integers(&mut self.targets.iter().copied()),
-            Argument::Labels => integers(&mut self.problem.labels().iter().map(|label| match label {
-                Label::Column(id) => *id as i64,
-                _ => -1,
-            })),
+            Argument::Labels => {
+                integers(&mut self.problem.labels().iter().map(|label| label.column().map_or(-1, |id| id as i64)))
+            }
             Argument::TokenWeights => floats(&mut self.problem.weights().iter().copied()),
             Argument::Cotangent => floats(&mut self.problem.weights().iter().map(|&w| (self.factor * f64::from(w)) as f32)),
         })

@@ -86,10 +86,8 @@ pub(super) fn choose(rows: NonZeroUsize, step: &Step, judged: &[usize], number: 
 
 fn vocab_ids(rows: usize, vocab: usize, problems: &[&Problem], seed: u64) -> Vec<usize> {
     let mut hits = vec![0usize; vocab];
-    for label in problems.iter().flat_map(|p| p.labels()) {
-        if let Label::Column(label) = label
-            && let Some(hits) = hits.get_mut(*label as usize)
-        {
+    for label in problems.iter().flat_map(|p| p.labels()).filter_map(|label| label.column()) {
+        if let Some(hits) = hits.get_mut(label) {
             *hits += 1;
         }
     }

@@ -37,7 +37,7 @@ impl Planned {
 
     fn run(&self) -> Results {
         let problem = self.case.problem();
-        let label = |label: &Label| if let Label::Column(id) = label { *id as i32 } else { -1 };
+        let label = |label: &Label| label.column().map_or(-1, |id| id as i32);
         let labels: Vec<u8> = problem.labels().iter().flat_map(|l| label(l).to_le_bytes()).collect();
         let g = self.case.cotangents[0].as_ref().expect("each case has it");
         let g = g.iter().flat_map(|g| g.to_le_bytes()).collect();

@@ -87,10 +87,8 @@ impl Spread {
             out.largest = out.largest.max(term);
             out.max = out.max.max(z.abs());
         }
-        if let Label::Column(label) = label
-            && ids.contains(&(label as usize))
-        {
-            out.label = variance[label as usize - ids.start];
+        if let Some(label) = label.column().filter(|label| ids.contains(label)) {
+            out.label = variance[label - ids.start];
         }
         out
     }

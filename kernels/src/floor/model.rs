@@ -234,14 +234,13 @@ impl<'a> Pass<'a> {
     }
 
     fn token(&self, place: usize, n: usize) -> Option<Token<'_>> {
-        let label = match self.problem.labels()[n] {
-            Label::Masked => return None,
-            Label::Column(label) => Some(label as usize),
-            Label::Elsewhere => None,
-        };
+        let label = self.problem.labels()[n];
+        if label == Label::Masked {
+            return None;
+        }
         let lse = self.lse[n];
         let cotangent = self.cotangents.row(self.problem, n, lse);
-        Some(Token { place, label, cotangent, lse, spread: &self.spreads[n], q_squared: self.q.squared[n] })
+        Some(Token { place, label: label.column(), cotangent, lse, spread: &self.spreads[n], q_squared: self.q.squared[n] })
     }
 
     fn element(&self, token: &Token, v: usize, z: f64, z_variance: f64) -> Element {

@@ -48,10 +48,7 @@ impl LogitFloor {
             let rows: Vec<(Spread, f64)> =
                 tokens.par_iter().zip(products.axis_iter(Axis(0)).into_par_iter()).map(of_token).collect();
             for (&n, (spread, lse)) in tokens.iter().zip(rows) {
-                let label = match problem.labels()[n] {
-                    Label::Column(label) => exact(problem, &q(problem, n), label as usize).0,
-                    _ => 0.0,
-                };
+                let label = problem.labels()[n].column().map_or(0.0, |label| exact(problem, &q(problem, n), label).0);
                 (forward.lse[n], forward.label_logits[n]) = (lse, label);
                 forward.loss[n] = reference::loss(problem, lse, label, spread.sum);
                 floor.token(problem, &forward, n, spread);

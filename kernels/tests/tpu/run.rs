@@ -27,7 +27,7 @@ impl Run {
     fn inputs(&self) -> Vec<Array> {
         let Shape { tokens, hidden, vocab } = self.case.shape;
         let unembedding = if self.case.layout == Layout::Vd { [vocab, hidden] } else { [hidden, vocab] };
-        let label = |label: &Label| if let Label::Column(id) = label { *id as i32 } else { -1 };
+        let label = |label: &Label| label.column().map_or(-1, |id| id as i32);
         let labels = self.case.problem().labels().iter().map(label).collect();
         vec![
             array(&self.case.hidden, &[tokens, hidden]),

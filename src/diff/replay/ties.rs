@@ -13,7 +13,6 @@ use super::token::{Replay, Token, TokenLogits};
 use crate::diff::step::Step;
 use crate::diff::truth::Stage;
 use fused_xent_kernels::contract::Precision;
-use fused_xent_kernels::problem::Label;
 use fused_xent_kernels::reference;
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 use rayon::prelude::*;
@@ -185,11 +184,11 @@ impl<'a> NearTies<'a> {
     /// The squares of what near ties may change in a token's loss, lse and label logit.
     pub fn forward(&self, logits: TokenLogits) -> [f64; 3] {
         let (replay, n) = (self.replay, logits.n);
-        let (Label::Column(label), Some(z)) = (replay.problem.labels()[n], logits.row) else { return [0.0; 3] };
-        let (how, errors, z) = (replay.how, self.token(n, replay.lse(logits)), z[label as usize]);
+        let (Some(label), Some(z)) = (replay.problem.labels()[n].column(), logits.row) else { return [0.0; 3] };
+        let (how, errors, z) = (replay.how, self.token(n, replay.lse(logits)), z[label]);
         let of_label = if how.rounds_label_logit() {
             let error = REACH * self.logit_variance(errors.squares, z).sqrt();
-            step(replay.label_logit(n, label as usize, z), error)
+            step(replay.label_logit(n, label, z), error)
         } else {
             0.0
         };

@@ -269,9 +269,8 @@ impl<'a> Replay<'a> {
     /// Needs all of the token's logits; 0 where it is masked.
     pub fn forward(&self, logits: TokenLogits) -> TokenForward {
         let n = logits.n;
-        let (Label::Column(label), Some(z)) = (self.problem.labels()[n], logits.row) else { return TokenForward::default() };
+        let (Some(label), Some(z)) = (self.problem.labels()[n].column(), logits.row) else { return TokenForward::default() };
         let LossOptions { z_loss, label_smoothing, .. } = self.options;
-        let label = label as usize;
         let lse = self.lse(logits);
         let label_logit = self.label_logit(n, label, z[label]);
         let label_logit = match self.how.label_logit {
